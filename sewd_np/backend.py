@@ -1,0 +1,150 @@
+"""Backends: the only place that chooses which code runs an operation.
+
+An ``Operations`` table lists everything that ``model.py`` may do to an activation. Each backend fills it with functions
+of the same names, argument order and meaning; arrays stay the backend's own from the first operation to the last.
+
+The fused operations come first. The explicit ones below them take the same work apart, so that a trace can see (and an
+edit can change) what lies inside; ``model.py`` picks them only when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sewd_np import attention, layers, params
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One backend's operations. The NumPy functions of the same names define what each means."""
+
+    name: str
+    # Whether recordings of unequal length, each to be treated as alone, run one by one: then the result is the same
+    # to the last bit. A backend that gains from running them together says False and gives the operations lengths.
+    one_by_one: bool
+    prepare: Callable[..., params.Weights]
+    from_numpy: Callable[..., Any]
+    to_numpy: Callable[..., np.ndarray]
+
+    feature_encoder: Callable[..., Any]
+    layer_norm: Callable[..., Any]
+    linear: Callable[..., Any]
+    linear_add_norm: Callable[..., Any]
+    feed_forward: Callable[..., Any]
+    spec_augment: Callable[..., Any]
+    zero_padding: Callable[..., Any]
+    squeeze: Callable[..., Any]
+    relative_index: Callable[..., Any]
+    disentangled_attention: Callable[..., Any]
+    attention_bytes: Callable[..., int]
+    conv_residual: Callable[..., Any]
+    upsample: Callable[..., Any]
+    weighted_layer_sum: Callable[..., Any]
+    mean_over_time: Callable[..., Any]
+
+    conv1d: Callable[..., Any]
+    normalize: Callable[..., Any]
+    activate: Callable[..., Any]
+    positional_conv: Callable[..., Any]
+    trim_and_activate: Callable[..., Any]
+    average_pool: Callable[..., Any]
+    add_pooled: Callable[..., Any]
+    split_qkv: Callable[..., Any]
+    content_scores: Callable[..., Any]
+    content_to_position: Callable[..., Any]
+    position_to_content: Callable[..., Any]
+    add_scores: Callable[..., Any]
+    masked_softmax: Callable[..., Any]
+    context: Callable[..., Any]
+    finish_conv_residual: Callable[..., Any]
+    add_norm: Callable[..., Any]
+    unsqueeze: Callable[..., Any]
+
+
+NUMPY = Operations(
+    name="numpy",
+    one_by_one=True,
+    prepare=params.prepare,
+    from_numpy=np.asarray,
+    to_numpy=np.asarray,
+    feature_encoder=layers.feature_encoder,
+    layer_norm=layers.layer_norm,
+    linear=layers.linear,
+    linear_add_norm=layers.linear_add_norm,
+    feed_forward=layers.feed_forward,
+    spec_augment=layers.spec_augment,
+    zero_padding=layers.zero_padding,
+    squeeze=layers.squeeze,
+    relative_index=attention.relative_index,
+    disentangled_attention=attention.disentangled_attention,
+    attention_bytes=attention.attention_bytes,
+    conv_residual=layers.conv_residual,
+    upsample=layers.upsample,
+    weighted_layer_sum=layers.weighted_layer_sum,
+    mean_over_time=layers.mean_over_time,
+    conv1d=layers.conv1d,
+    normalize=layers.normalize,
+    activate=layers.activate,
+    positional_conv=layers.positional_conv,
+    trim_and_activate=layers.trim_and_activate,
+    average_pool=layers.average_pool,
+    add_pooled=layers.add_pooled,
+    split_qkv=attention.split_qkv,
+    content_scores=attention.content_scores,
+    content_to_position=attention.content_to_position,
+    position_to_content=attention.position_to_content,
+    add_scores=attention.add_scores,
+    masked_softmax=attention.masked_softmax,
+    context=attention.context,
+    finish_conv_residual=layers.finish_conv_residual,
+    add_norm=layers.add_norm,
+    unsqueeze=layers.unsqueeze,
+)
+
+BACKENDS = ("numpy", "numba")
+
+
+def get_operations(backend: str, dtype: Any = np.float32, threads: int | None = None) -> Operations:
+    """The operations of a backend, by name. ``threads`` is the number of CPU threads of "numba", all by default.
+
+    Raises ``ValueError`` for an unknown name, or a dtype or number of threads that the backend does not take.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
+    takes = ("float32",) if backend == "numba" else ("float32", "float64")
+    if np.dtype(dtype).name not in takes:
+        raise ValueError(f"dtype is {np.dtype(dtype)}; backend {backend!r} computes in {' or '.join(takes)}.")
+    if backend == "numpy":
+        if threads is not None:
+            raise ValueError("threads is for backend 'numba'; NumPy's products take what its own library is set to.")
+        return NUMPY
+    return _numba(threads)
+
+
+def _numba(threads: int | None) -> Operations:
+    """NumPy's table with the Numba twins in it; the explicit forms stay NumPy's: they are to look at, not for speed."""
+    from sewd_np.cpu_kernels import Kernels
+
+    kernels = Kernels(threads)
+    return replace(
+        NUMPY,
+        name="numba",
+        prepare=kernels.prepare,
+        feature_encoder=kernels.feature_encoder,
+        layer_norm=kernels.layer_norm,
+        linear=kernels.linear,
+        linear_add_norm=kernels.linear_add_norm,
+        feed_forward=kernels.feed_forward,
+        add_norm=kernels.add_norm,
+        squeeze=kernels.squeeze,
+        relative_index=kernels.relative_index,
+        disentangled_attention=kernels.disentangled_attention,
+        attention_bytes=kernels.attention_bytes,
+        upsample=kernels.upsample,
+        content_to_position=kernels.content_to_position,
+        position_to_content=kernels.position_to_content,
+    )

@@ -1,0 +1,432 @@
+"""SEW-D, written once: what happens to a waveform, in order, over one backend's table of operations.
+
+Nothing here adds or multiplies an activation; every such step is an operation of ``ops`` (``backend.Operations``), so
+the same lines run on NumPy, Numba and CUDA arrays. Read ``_Pass`` from top to bottom for the whole model:
+
+    wave_bn -> feature_encoder -> features_bsc -> project -> squeeze -> hidden_btd
+    hidden_btd -> L x transformer_layer -> upsample -> hidden_bsd -> head
+
+Every intermediate passes ``point(name, x)``, which a trace may look at (names: ``trace.points``). Where a point lies
+inside a fused operation, the explicit form runs instead; each such choice is one visible ``if self.inside(...)``.
+
+Paper: Wu et al., "Performance-Efficiency Trade-offs in Unsupervised Pre-training for Speech Recognition",
+arXiv 2109.06870. Reference: transformers 5.23, ``modeling_sew_d.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from sewd_np import losses
+from sewd_np.config import SEWDConfig
+from sewd_np.inputs import Padding, checked_input, checked_params, checked_time_mask, require_score_memory
+from sewd_np.params import Attention, Layer, Weights
+from sewd_np.trace import Trace, points, shapes
+
+if TYPE_CHECKING:
+    from sewd_np.backend import Operations
+    from sewd_np.processor import Processor
+
+Array = np.ndarray
+CONV_NORM_EPS = 1e-5  # GroupNorm and layer-mode norms of the feature encoder: torch's default, in no config
+
+
+@dataclass(frozen=True)
+class SEWDOutput:
+    """What a model call returns; NumPy arrays on every backend, None where not asked for or not applicable.
+
+    last_hidden_state (b, s, d) at 50 frames a second; logits (b, s, v) for CTC, (b, labels) for classification; loss a
+    number, or (b,) with reduction "none"; hidden_states L + 1 arrays (b, t, d) at 25 frames a second, the first one
+    what enters layer 0; attentions L arrays (b, h, t, t).
+    """
+
+    last_hidden_state: Array
+    logits: Array | None = None
+    loss: float | Array | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+# ---------------------------------------------------------------------- one forward pass
+
+
+class _Pass:
+    """One forward pass of one batch: the model's parts as methods, in the order in which they run."""
+
+    def __init__(
+        self, model: SEWDModel, lengths_b: Array | None, padding: Padding, trace: Trace | None, keep_attentions: bool
+    ) -> None:
+        self.config: SEWDConfig = model.config
+        self.weights: Weights = model.weights
+        self.ops: Operations = model.ops
+        self.trace = trace
+        self.attentions: list[Array] | None = [] if keep_attentions else None
+        self.hidden_states: list[Array] = []
+        self.keep_hidden_states = False
+        self.alone = padding == "alone"
+        self.mask_queries = padding == "original"
+        self.samples_b = lengths_b
+        self.frames_b: Array | None = None
+        self.squeezed_b: Array | None = None
+        if lengths_b is not None:
+            factor = self.config.squeeze_factor
+            self.frames_b = np.array([self.config.frames(int(n)) for n in lengths_b])
+            # transformers 5.23 lets a half-filled last squeezed frame count; the original code does not.
+            up = factor - 1 if padding == "transformers" else 0
+            self.squeezed_b = (self.frames_b + up) // factor
+
+    def point(self, name: str, x: Any) -> Any:
+        """Let the trace see ``x``; the caller goes on with what is returned."""
+        if self.trace is not None and name in self.trace.dims:
+            self.trace.record(name, self.ops.to_numpy(x))
+        return x
+
+    def inside(self, *names: str) -> bool:
+        """Whether a point that only the explicit form of an operation has is asked for."""
+        return self.trace is not None and self.trace.wants(*names)
+
+    def encode(self, wave_bn: Array, mask_time_indices: Array | None) -> Any:
+        """The whole model below the heads: (b, n) samples → (b, s, d)."""
+        config, ops, w = self.config, self.ops, self.weights
+        x = self.feature_encoder(ops.from_numpy(wave_bn))
+        x = self.point("layer_norm", ops.layer_norm(x, *w.layer_norm, config.feature_layer_norm_eps))
+        if w.feature_projection is not None:
+            x = self.point("feature_projection", ops.linear(x, *w.feature_projection))
+        if mask_time_indices is not None:
+            x = ops.spec_augment(x, mask_time_indices, w.masked_spec_embed)
+        if self.frames_b is not None:
+            x = ops.zero_padding(x, self.frames_b)
+        x = self.point("encoder.input", x)
+        frames = x.shape[1]
+        x = self.squeeze(x)
+        x = self.transformer(self.point("encoder.encoder.input", x))
+        return self.upsample(x, frames)
+
+    def feature_encoder(self, wave_bn: Any) -> Any:
+        """Strided convolutions: (b, n) samples → (b, s, c), one frame for every 320 samples."""
+        config, ops, w = self.config, self.ops, self.weights
+        norm, activation = config.feat_extract_norm, config.feat_extract_activation
+        lengths_b = None
+        if self.alone and self.samples_b is not None:
+            lengths_b = np.array([config.conv_lengths(int(n))[0] for n in self.samples_b])
+        if not self.inside("feature_extractor."):
+            return ops.feature_encoder(
+                wave_bn, w.feature_encoder, config.conv_stride, norm, CONV_NORM_EPS, activation, lengths_b
+            )
+        x = wave_bn[:, :, None]
+        for i, (layer, stride) in enumerate(zip(w.conv_layers, config.conv_stride, strict=True)):
+            name = f"feature_extractor.conv_layers.{i}"
+            x = self.point(f"{name}.conv", ops.conv1d(x, layer.weight, layer.bias, stride))
+            if layer.norm is not None:
+                x = self.point(f"{name}.layer_norm", ops.normalize(x, norm, *layer.norm, CONV_NORM_EPS, lengths_b))
+            x = self.point(name, ops.activate(x, activation))
+        return x
+
+    def squeeze(self, x: Any) -> Any:
+        """Halve the frame rate and tell frames where they are: (b, s, d) → (b, t, d)."""
+        ops, w, factor = self.ops, self.weights, self.config.squeeze_factor
+        activation = self.config.feat_extract_activation
+        name = "encoder.pos_conv_embed"
+        if not self.inside(name, f"{name}.", "encoder.pool"):
+            return ops.squeeze(x, w.squeeze, factor, activation)
+        raw = self.point(f"{name}.conv", ops.positional_conv(x, w.pos_conv.weight, w.pos_conv.bias, factor))
+        position = self.point(name, ops.trim_and_activate(raw, self.config.num_conv_pos_embeddings, activation))
+        pooled = self.point("encoder.pool", ops.average_pool(x, factor))
+        return ops.add_pooled(pooled, position)
+
+    def transformer(self, x: Any) -> Any:
+        """L layers of disentangled attention and feed-forward: (b, t, d) → (b, t, d)."""
+        config, ops, w = self.config, self.ops, self.weights
+        if w.rel_embeddings is not None:
+            self.point("encoder.encoder.rel_embeddings", w.rel_embeddings)
+            if config.normalizes_positions:
+                self.point("encoder.encoder.LayerNorm", w.rel_embeddings_normed)
+        index = None
+        if config.uses_c2p or config.uses_p2c:
+            index = ops.relative_index(
+                x.shape[1], config.position_buckets, config.max_relative_distance, config.position_span
+            )
+        self.keep_hidden_state(x)
+        for i, layer in enumerate(w.layers):
+            before = x
+            x = self.transformer_layer(f"encoder.encoder.layer.{i}", x, layer, index)
+            self.keep_hidden_state(x)
+            if i == 0 and w.conv is not None:
+                x = self.conv_beside_first_layer(before, x)
+        return x
+
+    def keep_hidden_state(self, x: Any) -> None:
+        if self.keep_hidden_states:
+            self.hidden_states.append(x)
+
+    def transformer_layer(self, name: str, x: Any, w: Layer, index: Any) -> Any:
+        """Attention, add and norm, feed-forward, add and norm (DeBERTa: norms come after the sums)."""
+        config, ops, point, eps = self.config, self.ops, self.point, self.config.layer_norm_eps
+        attended = self.self_attention(f"{name}.attention.self", x, w.attention, index)
+        if self.inside(f"{name}.attention.output.dense"):
+            attended = point(f"{name}.attention.output.dense", ops.linear(attended, *w.attention.output))
+            x = ops.add_norm(attended, x, *w.attention.norm, eps)
+        else:
+            x = ops.linear_add_norm(attended, w.attention.output, x, w.attention.norm, eps)
+        x = point(f"{name}.attention", x)
+        if self.inside(f"{name}.intermediate", f"{name}.intermediate.dense", f"{name}.output.dense"):
+            raised = point(f"{name}.intermediate.dense", ops.linear(x, *w.intermediate))
+            raised = point(f"{name}.intermediate", ops.activate(raised, config.hidden_act))
+            lowered = point(f"{name}.output.dense", ops.linear(raised, *w.output))
+            return point(name, ops.add_norm(lowered, x, *w.norm, eps))
+        return point(name, ops.feed_forward(x, w.intermediate, w.output, w.norm, config.hidden_act, eps))
+
+    def self_attention(self, name: str, x: Any, w: Attention, index: Any) -> Any:
+        """Disentangled self-attention: (b, t, d) → context (b, t, d)."""
+        config, ops, point = self.config, self.ops, self.point
+        heads, scale, masking = config.num_attention_heads, config.score_scale, (self.squeezed_b, self.mask_queries)
+        qkv = ops.linear(x, *w.qkv)
+        if self.attentions is None and not self.inside(f"{name}."):
+            attended = ops.disentangled_attention(qkv, heads, w.positions, index, scale, *masking)
+            return point(name, attended)
+        q, k, v = ops.split_qkv(qkv)
+        q, k, v = point(f"{name}.query_proj", q), point(f"{name}.key_proj", k), point(f"{name}.value_proj", v)
+        terms = [point(f"{name}.c2c", ops.content_scores(q, k, heads, scale))]
+        if w.pos_key is not None:
+            pos_key = point(f"{name}.pos_key_layer", w.pos_key)
+            terms.append(point(f"{name}.c2p", ops.content_to_position(q, pos_key, index, scale)))
+        if w.pos_query is not None:
+            pos_query = point(f"{name}.pos_query_layer", w.pos_query)
+            terms.append(point(f"{name}.p2c", ops.position_to_content(k, pos_query, index, scale)))
+        scores = point(f"{name}.scores", ops.add_scores(*terms))
+        probs = point(f"{name}.probs", ops.masked_softmax(scores, *masking))
+        if self.attentions is not None:
+            self.attentions.append(ops.to_numpy(probs))
+        return point(name, ops.context(probs, v))
+
+    def conv_beside_first_layer(self, before: Any, after: Any) -> Any:
+        """DeBERTa's optional convolution of layer 0's input, added to its output."""
+        ops, w, name = self.ops, self.weights.conv, "encoder.encoder.conv"
+        assert w is not None and w.norm is not None
+        finish = (*w.norm, self.config.layer_norm_eps, self.config.conv_act, self.squeezed_b)
+        if self.inside(f"{name}.conv"):
+            if self.alone and self.squeezed_b is not None:
+                before = ops.zero_padding(before, self.squeezed_b)
+            out = ops.conv1d(before, w.weight, w.bias, 1, self.config.conv_kernel_size // 2)
+            out = self.point(f"{name}.conv", out)
+            return self.point(name, ops.finish_conv_residual(out, after, *finish))
+        return self.point(name, ops.conv_residual(before, after, w.weight, w.bias, *finish, self.alone))
+
+    def upsample(self, x: Any, frames: int) -> Any:
+        """Back to 50 frames a second: (b, t, d) → (b, s, d). This is last_hidden_state: there is no final norm."""
+        ops, config, w = self.ops, self.config, self.weights.upsample
+        factor, activation, name = config.squeeze_factor, config.feat_extract_activation, "encoder.upsample"
+        lengths_b = self.squeezed_b * factor if self.alone and self.squeezed_b is not None else None
+        if not self.inside(name, f"{name}."):
+            return self.point("encoder", ops.upsample(x, *w, factor, activation, frames, lengths_b))
+        x = self.point(f"{name}.projection", ops.linear(x, *w))
+        x = self.point(name, ops.unsqueeze(ops.activate(x, activation), factor, x.shape[1] * factor))
+        return self.point("encoder", ops.unsqueeze(x, 1, frames, lengths_b))
+
+    def ctc_head(self, hidden: Any) -> Any:
+        """Logits of every token for every frame: (b, s, d) → (b, s, v)."""
+        lm_head = self.weights.lm_head
+        assert lm_head is not None
+        return self.point("lm_head", self.ops.linear(hidden, *lm_head))
+
+    def classification_head(self, hidden: Any) -> Any:
+        """Project, mean over the valid frames, classify: (b, s, d) → (b, labels)."""
+        ops, w, lengths_b = self.ops, self.weights, self.frames_b
+        assert w.projector is not None and w.classifier is not None
+        if w.layer_weights is not None:
+            hidden = ops.weighted_layer_sum(tuple(self.hidden_states), w.layer_weights)
+            hidden = self.point("projector.input", hidden)
+            # These frames are squeezed, yet the reference counts them with the unsqueezed mask.
+            lengths_b = self.squeezed_b if self.alone else self.frames_b
+        projected = self.point("projector", ops.linear(hidden, *w.projector))
+        pooled = self.point("classifier.input", ops.mean_over_time(projected, lengths_b))
+        return self.point("classifier", ops.linear(pooled, *w.classifier))
+
+
+# ---------------------------------------------------------------------------- a model call
+
+
+def _forward(
+    model: SEWDModel,
+    input_values: Array,
+    attention_mask: Array | None,
+    output_hidden_states: bool,
+    output_attentions: bool,
+    mask_time_indices: Array | None,
+    trace: Trace | None,
+    padding: Padding,
+) -> SEWDOutput:
+    """Check the input, run a ``_Pass`` (or one for each recording), return NumPy arrays."""
+    wave_bn, lengths_b = checked_input(model, input_values, attention_mask, padding)
+    mask_bs = checked_time_mask(model, mask_time_indices, *wave_bn.shape)
+    if trace is not None:
+        trace.start(points(model.config, model.head))
+    require_score_memory(model, wave_bn, output_attentions, trace)
+    if lengths_b is not None and padding == "alone" and model.ops.one_by_one:
+        return _each_alone(model, wave_bn, lengths_b, output_hidden_states, output_attentions, mask_bs, trace)
+    run = _Pass(model, lengths_b, padding, trace, output_attentions)
+    run.keep_hidden_states = output_hidden_states or model.weights.layer_weights is not None
+    hidden, logits = run.encode(wave_bn, mask_bs), None
+    if model.head == "ctc":
+        logits = run.ctc_head(hidden)
+    elif model.head == "classification":
+        logits = run.classification_head(hidden)
+    to_numpy = model.ops.to_numpy
+    return SEWDOutput(
+        last_hidden_state=to_numpy(hidden),
+        logits=None if logits is None else to_numpy(logits),
+        hidden_states=tuple(map(to_numpy, run.hidden_states)) if output_hidden_states else None,
+        attentions=tuple(run.attentions) if run.attentions is not None else None,
+    )
+
+
+def _each_alone(
+    model: SEWDModel,
+    wave_bn: Array,
+    lengths_b: Array,
+    output_hidden_states: bool,
+    output_attentions: bool,
+    mask_bs: Array | None,
+    trace: Trace | None,
+) -> SEWDOutput:
+    """Run every recording by itself and stack what comes out; what lies after a recording's end is 0 here."""
+    outputs, traces = [], []
+    for b, length in enumerate(lengths_b):
+        own_trace = None if trace is None else Trace(*trace.patterns)
+        mask = None if mask_bs is None else mask_bs[b : b + 1, : model.config.frames(int(length))]
+        wave = wave_bn[b : b + 1, :length]
+        outputs.append(
+            _forward(model, wave, None, output_hidden_states, output_attentions, mask, own_trace, "transformers")
+        )
+        traces.append(own_trace)
+    batch, samples = wave_bn.shape
+    s = model.config.frames(samples)
+    t = model.config.squeezed(s)
+    if trace is not None:
+        full = shapes(model.config, model.head, batch, samples)
+        for name, dims in trace.dims.items():
+            values = [own[name] for own in traces if own is not None]
+            trace.record(name, _stacked(values, full[name]) if dims.startswith("b") else values[0])
+    size, heads, depth = model.config.hidden_size, model.config.num_attention_heads, model.config.num_hidden_layers
+    logits = [out.logits for out in outputs if out.logits is not None]
+    return SEWDOutput(
+        last_hidden_state=_stacked([out.last_hidden_state for out in outputs], (batch, s, size)),
+        logits=_stacked(logits, (batch, *([s] if model.head == "ctc" else []), logits[0].shape[-1]))
+        if logits
+        else None,
+        hidden_states=tuple(
+            _stacked([(out.hidden_states or ())[i] for out in outputs], (batch, t, size)) for i in range(depth + 1)
+        )
+        if output_hidden_states
+        else None,
+        attentions=tuple(
+            _stacked([(out.attentions or ())[i] for out in outputs], (batch, heads, t, t)) for i in range(depth)
+        )
+        if output_attentions
+        else None,
+    )
+
+
+def _stacked(arrays: list[Array], shape: tuple[int, ...]) -> Array:
+    """Arrays (1, ...) below each other in zeros of ``shape`` (b, ...)."""
+    out = np.zeros(shape, arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[tuple(slice(size) for size in array.shape[1:])] = array[0]
+    return out
+
+
+# ------------------------------------------------------------------------------ the models
+
+
+class SEWDModel:
+    """SEW-D without a head: waveform to hidden states. Class SEWDModel of the reference.
+
+    ``params`` maps the reference's tensor names to arrays (all float32 or all float64); ``ops`` is a backend's table.
+    ``from_pretrained`` and ``sewd_np.load`` are the usual ways to get a model.
+    """
+
+    head = "model"
+
+    def __init__(
+        self, config: SEWDConfig, params: Mapping[str, Array], ops: Operations, processor: Processor | None = None
+    ) -> None:
+        self.config, self.ops, self.processor = config, ops, processor
+        self.params, self.dtype = checked_params(config, self.head, params)
+        self.weights: Weights = ops.prepare(self.params, config)
+
+    def __call__(
+        self,
+        input_values: Array,
+        attention_mask: Array | None = None,
+        labels: Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        mask_time_indices: Array | None = None,
+        trace: Trace | None = None,
+        padding: Padding = "transformers",
+    ) -> SEWDOutput:
+        """Run the model. input_values (b, n) at 16 kHz, as ``model.processor`` returns them.
+
+        attention_mask (b, n) of 1 (sound) and 0 (padding on the right) counts only through its sums. ``padding`` says
+        what it means: "transformers" as in transformers 5.23; "original" as in the authors' code and transformers
+        before mid 2026 (a half-filled squeezed frame is padding, padded queries are cleared); "alone" as if every
+        recording came by itself. labels (b, l) of token ids, filled up with -100, ask a CTC model for its loss, labels
+        (b,) a classifier. mask_time_indices (b, s) marks frames that SpecAugment's vector replaces.
+
+        Raises ``ValueError`` for input of the wrong shape, too short or not finite, and ``MemoryError`` before any
+        work if the attention scores cannot fit.
+        """
+        if labels is not None and self.head == "model":
+            raise ValueError("labels are given, but this model has no head; load it as SEWDForCTC or a classifier.")
+        out = _forward(
+            self,
+            input_values,
+            attention_mask,
+            output_hidden_states,
+            output_attentions,
+            mask_time_indices,
+            trace,
+            padding,
+        )
+        return (
+            out if labels is None else replace(out, loss=self._loss(out.logits, labels, input_values, attention_mask))
+        )
+
+    def _loss(self, logits: Any, labels: Array, input_values: Array, attention_mask: Array | None) -> float | Array:
+        config = self.config
+        if self.head == "classification":
+            return losses.cross_entropy(logits, labels)
+        samples_b = np.sum(np.ones_like(input_values) if attention_mask is None else attention_mask, axis=1)
+        frames_b = np.array([config.frames(int(n)) for n in samples_b])
+        return losses.ctc_loss(
+            logits, labels, frames_b, config.pad_token_id, config.ctc_loss_reduction, config.ctc_zero_infinity
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: Any, backend: str = "numpy", dtype: Any = np.float32) -> Self:
+        """Load from a bundled name, a folder, a weights file or a hub id; see ``checkpoint.load_model``."""
+        from sewd_np.checkpoint import load_model
+
+        return load_model(source, cls, backend, dtype)
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write a folder that transformers and this package read back; see ``checkpoint.save_pretrained``."""
+        from sewd_np.checkpoint import save_pretrained
+
+        save_pretrained(self, folder)
+
+
+class SEWDForCTC(SEWDModel):
+    """SEW-D with a linear layer over every frame: speech recognition. Class SEWDForCTC of the reference."""
+
+    head = "ctc"
+
+
+class SEWDForSequenceClassification(SEWDModel):
+    """SEW-D with a projection, a mean over time and a linear layer. Class SEWDForSequenceClassification."""
+
+    head = "classification"
