@@ -1,0 +1,51 @@
+"""SEW-D speech recognition in NumPy.
+
+``sewd_np.transcribe("a.flac").text`` is the short way; ``sewd_np.load("an4")`` gives the model itself. The classes
+below are imported on first use, so that ``import sewd_np`` stays quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sewd_np.transcribe import Label, Transcript, classify, load, transcribe
+
+if TYPE_CHECKING:
+    from sewd_np.config import SEWDConfig
+    from sewd_np.decoding import Word
+    from sewd_np.model import SEWDForCTC, SEWDForSequenceClassification, SEWDModel
+    from sewd_np.trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Label",
+    "SEWDConfig",
+    "SEWDForCTC",
+    "SEWDForSequenceClassification",
+    "SEWDModel",
+    "Trace",
+    "Transcript",
+    "Word",
+    "classify",
+    "load",
+    "transcribe",
+]
+
+_ROOM = {  # where to find a public name that is imported on first use
+    "SEWDConfig": "config",
+    "SEWDForCTC": "model",
+    "SEWDForSequenceClassification": "model",
+    "SEWDModel": "model",
+    "Trace": "trace",
+    "Word": "decoding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOM[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
