@@ -1,0 +1,209 @@
+"""Convolutions on the CPU: the feature encoder in tiles of time, and the positional convolution group by group.
+
+With time before channels the window of output step m is k · c_in numbers in a row, beginning stride · c_in after the
+window before it. So a convolution is a matrix product whose rows overlap, and ``cpu_gemm.product`` takes it as it is.
+
+The feature encoder as 13 whole layers writes and reads 100 MB for 10 s of sound. Here each worker takes a tile of
+about 64 output frames through all 13 layers: what passes between layers stays in the core's own cache, and memory does
+not grow with the recording but for the result. A tile begins a little before its first frame (its layers' windows
+overlap the neighbour's); the repeated work is about 1 %.
+
+Group norm stands in the way: it wants the mean and variance of layer 0 over the whole recording before any tile can go
+on. Both follow from the sound itself. Layer 0 has one input channel, so its output is w·u for windows u of 10 samples:
+
+    mean = w · E[u]          var = wᵀ (E[u uᵀ] − E[u] E[u]ᵀ) w
+
+One pass collects E[u] and the 10 × 10 matrix E[u uᵀ] in float64; scale and shift then fold into layer 0's weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sewd_np.cpu_gemm import pack, product
+from sewd_np.cpu_math import activate, normalize_row, vector_kernel
+from sewd_np.params import Conv
+
+Array = np.ndarray
+TILE_FRAMES = 64  # enough rows for the last layers' products, few enough that the first layers' output fits the cache
+
+# Columns of a plan: one row of whole numbers for each layer.
+KERNEL, STRIDE, INPUTS, OUTPUTS, PANELS, BIAS, NORM = range(7)
+
+
+class Encoder(NamedTuple):
+    """The feature encoder packed: all layers' panels in one array, biases and norms in another, and where each lies."""
+
+    plan: Array  # (layers, 7) int64
+    panels: Array  # flat float32
+    vectors: Array  # flat float32: biases (zeros where a layer has none), then scales and shifts of the norms
+    first: Conv  # layer 0 unpacked, for the group norm to fold into
+
+
+def pack_encoder(conv_layers: tuple[Conv, ...], strides: tuple[int, ...], norm: str) -> Encoder:
+    """Pack the layers for ``encode_tiles``. ``norm`` "layer" leaves the norms to the kernel, "group" to ``fold``."""
+    plan = np.zeros((len(conv_layers), 7), np.int64)
+    panels, vectors = [], []
+    panel_start = vector_start = 0
+    for i, (layer, stride) in enumerate(zip(conv_layers, strides, strict=True)):
+        kernel, _, inputs, outputs = layer.weight.shape
+        packed = pack(layer.weight.reshape(kernel * inputs, outputs)).reshape(-1)
+        rows = [np.zeros(outputs, np.float32) if layer.bias is None else layer.bias]
+        normed = layer.norm is not None and norm == "layer"
+        if layer.norm is not None and norm == "layer":
+            rows += [layer.norm.weight, layer.norm.bias]
+        plan[i] = (kernel, stride, inputs, outputs, panel_start, vector_start, vector_start + outputs if normed else -1)
+        panels.append(packed)
+        vectors += rows
+        panel_start += packed.size
+        vector_start += outputs * len(rows)
+    return Encoder(plan, np.concatenate(panels), np.concatenate(vectors), conv_layers[0])
+
+
+# -------------------------------------------------------------------- group norm, folded
+
+
+@vector_kernel
+def window_moments(phases, stride, kernel, steps, mean, moments):
+    """E[u] (k,) and E[u uᵀ] (k, k) over ``steps`` windows u of ``kernel`` samples, ``stride`` apart, in float64.
+
+    ``phases`` (stride, steps + ...) is the sound dealt out in turn: sample m · stride + a lies at [a % stride, m + a //
+    stride], so that every sum below runs along a row.
+    """
+    for a in range(kernel):
+        left = phases[a % stride, a // stride : a // stride + steps]
+        total = 0.0
+        for m in range(steps):
+            total += np.float64(left[m])
+        mean[a] = total / steps
+        for b in range(a + 1):
+            right = phases[b % stride, b // stride : b // stride + steps]
+            total = 0.0
+            for m in range(steps):
+                total += np.float64(left[m]) * np.float64(right[m])
+            moments[a, b] = total / steps
+            moments[b, a] = moments[a, b]
+
+
+def fold_group_norm(wave_n: Array, first: Conv, stride: int, steps: int, eps: float) -> tuple[Array, Array]:
+    """Layer 0's packed weights and bias with its group norm folded in, for this recording's ``steps`` windows."""
+    kernel, _, _, outputs = first.weight.shape
+    length = -(-(steps * stride + kernel) // stride) * stride
+    padded = np.zeros(length, np.float32)
+    padded[: min(length, len(wave_n))] = wave_n[:length]
+    phases = np.ascontiguousarray(padded.reshape(-1, stride).T)
+    mean, moments = np.empty(kernel), np.empty((kernel, kernel))
+    window_moments(phases, stride, kernel, steps, mean, moments)
+
+    assert first.norm is not None
+    weight_kc = first.weight.reshape(kernel, outputs).astype(np.float64)
+    covariance = moments - np.outer(mean, mean)
+    variance_c = np.maximum(np.einsum("kc,kl,lc->c", weight_kc, covariance, weight_kc), 0)
+    scale_c = first.norm.weight / np.sqrt(variance_c + eps)
+    # A bias of the convolution moves its mean along and so drops out.
+    shift_c = first.norm.bias - mean @ weight_kc * scale_c
+    return pack((weight_kc * scale_c).astype(np.float32)).reshape(-1), shift_c.astype(np.float32)
+
+
+# ------------------------------------------------------------------------ the tiles
+
+
+@vector_kernel
+def encode_tiles(
+    wave, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, worker, workers
+):
+    """One recording through all layers: wave (n,) → out (s, c) flat, in ``tiles`` tiles of time; a worker's share.
+
+    ``first_panels`` and ``first_bias`` stand in for layer 0's own. ``scratch`` (workers, 2, size) holds what passes
+    between layers.
+    """
+    layers, last = len(plan), len(plan) - 1
+    width = plan[last, OUTPUTS]
+    frames = len(out) // width
+    begins, ends = np.empty(layers, np.int64), np.empty(layers, np.int64)
+    for tile in range(tiles * worker // workers, tiles * (worker + 1) // workers):
+        begins[last], ends[last] = frames * tile // tiles, frames * (tile + 1) // tiles
+        for i in range(last, 0, -1):
+            begins[i - 1] = begins[i] * plan[i, STRIDE]
+            ends[i - 1] = (ends[i] - 1) * plan[i, STRIDE] + plan[i, KERNEL]
+        source = wave[begins[0] * plan[0, STRIDE] :]
+        for i in range(layers):
+            rows, outputs = ends[i] - begins[i], plan[i, OUTPUTS]
+            target = scratch[worker, i % 2, : rows * outputs]
+            if i == last:
+                target = out[begins[i] * outputs : ends[i] * outputs]
+            stride, depth = plan[i, STRIDE] * plan[i, INPUTS], plan[i, KERNEL] * plan[i, INPUTS]
+            at = plan[i, BIAS]
+            if i == 0:
+                product(source, 0, stride, rows, depth, first_panels, 0, outputs, first_bias, target, 0, outputs)
+            else:
+                bias = vectors[at : at + outputs]
+                product(source, 0, stride, rows, depth, panels, plan[i, PANELS], outputs, bias, target, 0, outputs)
+            if plan[i, NORM] >= 0:
+                weight = vectors[plan[i, NORM] : plan[i, NORM] + outputs]
+                shift = vectors[plan[i, NORM] + outputs : plan[i, NORM] + 2 * outputs]
+                for row in range(rows):
+                    numbers = target[row * outputs : (row + 1) * outputs]
+                    normalize_row(numbers, weight, shift, eps, numbers)
+            activate(target, code)
+            source = target
+
+
+def scratch_size(plan: Array, tile_frames: int) -> int:
+    """Most numbers that pass between two layers for one tile."""
+    size, rows = 1, tile_frames
+    for i in range(len(plan) - 1, 0, -1):
+        rows = (rows - 1) * int(plan[i, STRIDE]) + int(plan[i, KERNEL])
+        size = max(size, rows * int(plan[i - 1, OUTPUTS]))
+    return size
+
+
+# ------------------------------------------------------------- the positional convolution
+
+
+class Positional(NamedTuple):
+    """The positional convolution packed group by group."""
+
+    panels: Array  # flat float32
+    bias: Array
+    kernel: int
+    groups: int
+
+
+def pack_positional(conv: Conv) -> Positional:
+    kernel, groups, inputs, outputs = conv.weight.shape
+    panels = [pack(conv.weight[:, g].reshape(kernel * inputs, outputs)).reshape(-1) for g in range(groups)]
+    return Positional(np.concatenate(panels), np.array(conv.bias, np.float32), kernel, groups)
+
+
+@vector_kernel
+def squeeze_groups(x_sd, panels, bias, kernel, groups, factor, code, out_td, scratch, worker, workers):
+    """out = mean of every ``factor`` frames + activation(positional convolution), one group of channels after another.
+
+    A group's channels are first copied together, with zeros before and after, so that its windows lie in a row.
+    scratch (workers, 2, size).
+    """
+    frames, d = x_sd.shape
+    t, pad, width = len(out_td), kernel // 2, d // groups
+    panel_size = len(panels) // groups
+    gathered, convolved = scratch[worker, 0, : (frames + 2 * pad) * width], scratch[worker, 1, : t * width]
+    for group in range(groups * worker // workers, groups * (worker + 1) // workers):
+        channel = group * width
+        gathered[:] = np.float32(0)
+        for s in range(frames):
+            row, source = gathered[(s + pad) * width : (s + pad + 1) * width], x_sd[s, channel : channel + width]
+            for c in range(width):
+                row[c] = source[c]
+        own_bias = bias[channel : channel + width]
+        depth = kernel * width
+        product(gathered, 0, factor * width, t, depth, panels, group * panel_size, width, own_bias, convolved, 0, width)
+        activate(convolved, code)
+        for i in range(t):
+            row, target = convolved[i * width : (i + 1) * width], out_td[i, channel : channel + width]
+            for c in range(width):
+                pooled = np.float32(0)
+                for r in range(factor):
+                    pooled += x_sd[i * factor + r, channel + c]
+                target[c] = pooled / np.float32(factor) + row[c]

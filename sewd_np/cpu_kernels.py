@@ -1,0 +1,498 @@
+"""Numba twins of the NumPy operations: the same names, arguments and results, several times as fast.
+
+The ladder (measured gains: docs/kernels.md)
+--------------------------------------------
+1. *Plain loops, compiled* (``cpu_gemm.product_v1``, ``layer_norm_v1`` here): what the definition says, one number at a
+   time. Already free of Python, yet slower than NumPy, whose products run on a tuned library.
+2. *Registers* (``cpu_gemm``): products in tiles that stay in vector registers; B packed once, on load.
+3. *Vector mathematics* (``cpu_math``): erf and exp as polynomials that a loop can take 16 numbers at a time.
+4. *Caches* (``cpu_conv``): a tile of time goes through all 13 convolutions before the next one starts; group norm
+   folds into the first layer's weights.
+5. *Less work* (``cpu_attention``): the position table is projected on load, only the band of buckets that occurs is
+   multiplied, and the t × t scores of a head never exist at once.
+6. *Cores*: every kernel divides its rows, heads, groups or tiles among ``threads`` workers, by hand, so that nothing
+   in the process is left changed and a row's arithmetic is the same whoever computes it: results do not depend on the
+   number of threads, to the last bit.
+
+``Kernels`` gives the operations of one model: it knows the number of threads and owns the pool of scratch memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from sewd_np import attention, layers
+from sewd_np.config import SEWDConfig
+from sewd_np.cpu_attention import (
+    Distances,
+    Positions,
+    attend,
+    distances,
+    gather_keys,
+    index_by_pair,
+    pack_positions,
+    shape_of,
+)
+from sewd_np.cpu_conv import (
+    TILE_FRAMES,
+    Encoder,
+    Positional,
+    encode_tiles,
+    fold_group_norm,
+    pack_encoder,
+    pack_positional,
+    scratch_size,
+    squeeze_groups,
+)
+from sewd_np.cpu_gemm import FEW_ROWS, kernel, pack, product
+from sewd_np.cpu_math import ACTIVATION_CODES, activate, normalize_row, vector_kernel
+from sewd_np.params import Layer, Linear, Norm, Params, Weights, prepare
+
+Array = np.ndarray
+ROW_BLOCK = 128  # rows of a product between two visits of an activation: small enough to be still in the cache
+
+
+@kernel
+def layer_norm_v1(x_rc, weight, bias, eps, out_rc):
+    """Rung 1 of ``normalize_rows``: mean, variance, result, one number at a time."""
+    rows, size = x_rc.shape
+    for r in range(rows):
+        mean = 0.0
+        for c in range(size):
+            mean += x_rc[r, c]
+        mean /= size
+        variance = 0.0
+        for c in range(size):
+            variance += (x_rc[r, c] - mean) ** 2
+        variance /= size
+        for c in range(size):
+            out_rc[r, c] = (x_rc[r, c] - mean) / np.sqrt(variance + eps) * weight[c] + bias[c]
+
+
+@kernel
+def share(rows, worker, workers):
+    """First row of a worker's share: whole low tiles, so that only the last worker has rows left over."""
+    return rows if worker == workers else rows * worker // workers // FEW_ROWS * FEW_ROWS
+
+
+@kernel
+def row_block(rows):
+    """Rows at a time: about ROW_BLOCK, evenly, in whole tiles."""
+    blocks = max((rows + ROW_BLOCK - 1) // ROW_BLOCK, 1)
+    return max(((rows + blocks - 1) // blocks + FEW_ROWS - 1) // FEW_ROWS * FEW_ROWS, FEW_ROWS)
+
+
+@vector_kernel
+def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
+    """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
+    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
+    block = row_block(last - first)
+    for start in range(first, last, block):
+        count = min(block, last - start)
+        product(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs)
+        activate(out[start * outputs : (start + count) * outputs], code)
+
+
+@vector_kernel
+def add_and_normalize(row, residual, weight, shift, eps):
+    """row ← layer norm of row + residual."""
+    for c in range(len(row)):
+        row[c] += residual[c]
+    normalize_row(row, weight, shift, eps, row)
+
+
+@vector_kernel
+def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
+    """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
+    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
+    block = row_block(last - first)
+    for start in range(first, last, block):
+        stop = min(start + block, last)
+        product(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size)
+        for row in range(start, stop):
+            add_and_normalize(
+                out[row * size : (row + 1) * size], residual[row * size : (row + 1) * size], weight, shift, eps
+            )
+
+
+@vector_kernel
+def feed_forward_rows(
+    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, scratch, worker, workers
+):
+    """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
+    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
+    block = row_block(last - first)
+    middle = scratch[worker]
+    for start in range(first, last, block):
+        stop = min(start + block, last)
+        count = stop - start
+        product(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner)
+        activate(middle[: count * inner], code)
+        product(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size)
+        for row in range(start, stop):
+            add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
+
+
+@vector_kernel
+def normalize_rows(x, rows, size, weight, bias, eps, out, worker, workers):
+    """Layer norm row by row, flat; a worker's share of the rows."""
+    for row in range(rows * worker // workers, rows * (worker + 1) // workers):
+        normalize_row(x[row * size : (row + 1) * size], weight, bias, eps, out[row * size : (row + 1) * size])
+
+
+class Team:
+    """``size`` threads that share out a kernel: the caller and ``size − 1`` of our own, which sleep in between.
+
+    Kernels release Python's lock, so plain threads suffice. Nothing of the process changes: not Numba's threads, not
+    a library's, no environment variable. Several callers may use one team at once. The threads are started by the
+    first call, and end with the team. (concurrent.futures does the same at four times the cost of a hand-over, and a
+    forward pass has 70 of them.)
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._process = -1
+        self._tasks: SimpleQueue[Any] = SimpleQueue()
+
+    def run(self, kernel: Any, *arguments: Any) -> None:
+        """kernel(*arguments, worker, size) for each worker; returns when all are done."""
+        if self._process != os.getpid():  # the first call, or the first in a forked process: threads are not inherited
+            self._start()
+        done: SimpleQueue[BaseException | None] = SimpleQueue()
+        for worker in range(1, self.size):
+            self._tasks.put((kernel, (*arguments, worker, self.size), done))
+        try:
+            kernel(*arguments, 0, self.size)
+        finally:
+            errors = [done.get() for _ in range(1, self.size)]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._process != os.getpid():
+                self._tasks = SimpleQueue()
+                for _ in range(1, self.size):
+                    threading.Thread(target=_work, args=(self._tasks,), name="sewd_np", daemon=True).start()
+                weakref.finalize(self, _dismiss, self._tasks, self.size - 1)
+                self._process = os.getpid()
+
+
+def _work(tasks: SimpleQueue[Any]) -> None:
+    """A team member's life: take a task, do it, say so, until told to stop."""
+    while (task := tasks.get()) is not None:
+        kernel, arguments, done = task
+        try:
+            kernel(*arguments)
+        except BaseException as error:  # the caller raises it
+            done.put(error)
+        else:
+            done.put(None)
+        del task, kernel, arguments, done
+
+
+def _dismiss(tasks: SimpleQueue[Any], members: int) -> None:
+    for _ in range(members):
+        tasks.put(None)
+
+
+class Pool:
+    """Scratch arrays for kernels: a call takes one under a lock and gives it back, so calls never share.
+
+    An array is handed out as large as it last was or larger; at most one array a concurrent call stays allocated.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[Array] = []
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[Array]:
+        """At least ``size`` float32 numbers, flat, of any value."""
+        with self._lock:
+            array = self._free.pop() if self._free else np.empty(0, np.float32)
+        if len(array) < size:
+            array = np.empty(size, np.float32)
+        try:
+            yield array[:size]
+        finally:
+            with self._lock:
+                self._free.append(array)
+
+
+def own(x: Array) -> Array:
+    """``x`` as the kernels want it: float32, contiguous, writable (they write elsewhere, but are compiled once)."""
+    return np.require(x, np.float32, ["C", "W"])
+
+
+def cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Kernels:
+    """The operations of one model on ``threads`` threads; each method twins the NumPy function of its name."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = cores() if threads is None else threads
+        self.team = Team(self.threads)
+        self.pool = Pool()
+
+    def prepare(self, params: Params, config: SEWDConfig) -> Weights:
+        """NumPy's prepared weights, with every product's matrix packed."""
+        w = prepare(params, config)
+
+        def packed(linear: Linear) -> Linear:
+            return Linear(pack(linear.weight), own(linear.bias))
+
+        def layer(old: Layer) -> Layer:
+            a = old.attention
+            return old._replace(
+                attention=a._replace(
+                    qkv=packed(a.qkv),
+                    positions=pack_positions(a.pos_key, a.pos_query, config.score_scale),
+                    output=packed(a.output),
+                    norm=Norm(*map(own, a.norm)),
+                ),
+                intermediate=packed(old.intermediate),
+                output=packed(old.output),
+                norm=Norm(*map(own, old.norm)),
+            )
+
+        return w._replace(
+            feature_encoder=pack_encoder(w.conv_layers, config.conv_stride, config.feat_extract_norm),
+            layer_norm=Norm(*map(own, w.layer_norm)),
+            feature_projection=None if w.feature_projection is None else packed(w.feature_projection),
+            squeeze=pack_positional(w.pos_conv),
+            layers=tuple(map(layer, w.layers)),
+            upsample=packed(w.upsample),
+            lm_head=None if w.lm_head is None else packed(w.lm_head),
+            projector=None if w.projector is None else packed(w.projector),
+            classifier=None if w.classifier is None else packed(w.classifier),
+        )
+
+    def feature_encoder(
+        self,
+        wave_bn: Array,
+        conv_layers: Encoder,
+        strides: tuple[int, ...],
+        norm: str,
+        eps: float,
+        activation: str,
+        lengths_b: Array | None = None,
+    ) -> Array:
+        wave_bn = own(wave_bn)
+        samples = wave_bn.shape[1]
+        plan = conv_layers.plan
+        steps = [samples]
+        for taps, stride in plan[:, :2]:
+            steps.append((steps[-1] - int(taps)) // int(stride) + 1)
+        frames, width = steps[-1], int(plan[-1, 3])
+        out = np.empty((len(wave_bn), frames, width), np.float32)
+        tiles = -(-frames // TILE_FRAMES)
+        tiles = min(-(-tiles // self.threads) * self.threads, frames)
+        size = scratch_size(plan, -(-frames // tiles))
+        first_outputs = int(plan[0, 3])
+        bias = conv_layers.vectors[:first_outputs]
+        for b, wave in enumerate(wave_bn):
+            panels = conv_layers.panels
+            if norm == "group":
+                count = steps[1] if lengths_b is None else int(lengths_b[b])
+                panels, bias = fold_group_norm(wave, conv_layers.first, strides[0], count, eps)
+            with self.pool.take(self.threads * 2 * size) as scratch:
+                self.team.run(
+                    encode_tiles,
+                    wave,
+                    plan,
+                    conv_layers.panels,
+                    conv_layers.vectors,
+                    panels,
+                    bias,
+                    ACTIVATION_CODES[activation],
+                    eps,
+                    out[b].reshape(-1),
+                    tiles,
+                    scratch.reshape(self.threads, 2, size),
+                )
+        return out
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        x = own(x)
+        out = np.empty_like(x)
+        size = x.shape[-1]
+        flat = (x.reshape(-1), x.size // size, size)
+        self.team.run(normalize_rows, *flat, own(weight), own(bias), eps, out.reshape(-1))
+        return out
+
+    def add_norm(self, x: Array, residual: Array, weight: Array, bias: Array, eps: float) -> Array:
+        return self.layer_norm(x + residual, weight, bias, eps)
+
+    def linear_add_norm(self, x: Array, linear_weights: Linear, residual: Array, norm: Norm, eps: float) -> Array:
+        x, residual = own(x), own(residual)
+        out = np.empty_like(residual)
+        depth, size = x.shape[-1], residual.shape[-1]
+        self.team.run(
+            linear_norm_rows,
+            x.reshape(-1),
+            x.size // depth,
+            depth,
+            linear_weights.weight.reshape(-1),
+            size,
+            linear_weights.bias,
+            residual.reshape(-1),
+            norm.weight,
+            norm.bias,
+            eps,
+            out.reshape(-1),
+        )
+        return out
+
+    def feed_forward(
+        self,
+        x_btd: Array,
+        intermediate: Linear,
+        output: Linear,
+        norm: Norm,
+        activation: str,
+        eps: float,
+    ) -> Array:
+        x = own(x_btd)
+        out = np.empty_like(x)
+        size, inner = x.shape[-1], len(intermediate.bias)
+        with self.pool.take(self.threads * ROW_BLOCK * inner) as scratch:
+            self.team.run(
+                feed_forward_rows,
+                x.reshape(-1),
+                x.size // size,
+                size,
+                intermediate.weight.reshape(-1),
+                inner,
+                intermediate.bias,
+                ACTIVATION_CODES[activation],
+                output.weight.reshape(-1),
+                output.bias,
+                norm.weight,
+                norm.bias,
+                eps,
+                out.reshape(-1),
+                scratch.reshape(self.threads, ROW_BLOCK * inner),
+            )
+        return out
+
+    def linear(self, x: Array, weight: Array, bias: Array, activation: str = "linear") -> Array:
+        x = own(x)
+        depth, outputs = x.shape[-1], len(bias)
+        out = np.empty((*x.shape[:-1], outputs), np.float32)
+        self.team.run(
+            linear_rows,
+            x.reshape(-1),
+            x.size // depth,
+            depth,
+            weight.reshape(-1),
+            outputs,
+            own(bias),
+            ACTIVATION_CODES[activation],
+            out.reshape(-1),
+        )
+        return out
+
+    def squeeze(self, x_bsd: Array, conv: Positional, factor: int, activation: str) -> Array:
+        x_bsd = own(x_bsd)
+        batch, frames, d = x_bsd.shape
+        t = frames // factor
+        out = np.empty((batch, t, d), np.float32)
+        size = (frames + 2 * (conv.kernel // 2)) * (d // conv.groups)
+        with self.pool.take(self.threads * 2 * size) as scratch:
+            for x_sd, out_td in zip(x_bsd, out, strict=True):
+                self.team.run(
+                    squeeze_groups,
+                    x_sd,
+                    conv.panels,
+                    conv.bias,
+                    conv.kernel,
+                    conv.groups,
+                    factor,
+                    ACTIVATION_CODES[activation],
+                    out_td,
+                    scratch.reshape(self.threads, 2, size),
+                )
+        return out
+
+    def relative_index(self, frames: int, buckets: int, max_distance: int, span: int) -> Distances:
+        return distances(frames, buckets, max_distance, span)
+
+    def disentangled_attention(
+        self,
+        qkv: Array,
+        heads: int,
+        positions: Positions,
+        index: Distances | None,
+        scale: float,
+        lengths_b: Array | None = None,
+        mask_queries: bool = False,
+    ) -> Array:
+        qkv = own(qkv)
+        batch, frames, width = qkv.shape
+        d = width // 3
+        out = np.empty((batch, frames, d), np.float32)
+        shape = shape_of(batch, frames, heads, d // heads, len(positions.queries) > 0, index)
+        lengths = np.full(batch, frames) if lengths_b is None else np.minimum(lengths_b, frames).astype(np.int64)
+        rows, near, far = (np.empty(0, np.int32), 0, 0) if index is None else index
+        zeros = np.zeros(max(frames, shape.columns, shape.size), np.float32)
+        shared_size = batch * heads * shape.pair
+        with self.pool.take(shared_size + self.threads * shape.block) as scratch:
+            shared, blocks = scratch[:shared_size], scratch[shared_size:].reshape(self.threads, shape.block)
+            self.team.run(gather_keys, qkv.reshape(-1), shape, positions.queries, zeros, lengths, shared)
+            self.team.run(
+                attend,
+                qkv.reshape(-1),
+                shape,
+                positions.keys,
+                positions.queries,
+                rows,
+                near,
+                far,
+                np.float32(scale),
+                zeros,
+                lengths,
+                mask_queries,
+                out.reshape(-1),
+                shared,
+                blocks,
+            )
+        return out
+
+    def attention_bytes(self, batch: int, heads: int, frames: int, itemsize: int, explicit: bool) -> int:
+        if explicit:
+            return attention.attention_bytes(batch, heads, frames, itemsize, explicit)
+        return itemsize * batch * heads * frames * 1024  # tables by key, keys and values: linear in the length
+
+    def content_to_position(self, q_btd: Array, pos_key_hpe: Array, index: Distances, scale: float) -> Array:
+        pair_index = index_by_pair(index, pos_key_hpe.shape[1] // 2)
+        return attention.content_to_position(q_btd, pos_key_hpe, pair_index, scale)
+
+    def position_to_content(self, k_btd: Array, pos_query_hpe: Array, index: Distances, scale: float) -> Array:
+        pair_index = index_by_pair(index, pos_query_hpe.shape[1] // 2)
+        return attention.position_to_content(k_btd, pos_query_hpe, pair_index, scale)
+
+    def upsample(
+        self,
+        x_btd: Array,
+        weight: Array,
+        bias: Array,
+        factor: int,
+        activation: str,
+        frames: int,
+        lengths_b: Array | None = None,
+    ) -> Array:
+        return layers.unsqueeze(self.linear(x_btd, weight, bias, activation), factor, frames, lengths_b)
