@@ -1,0 +1,263 @@
+"""The command line and the counting behind ``sewd-np info``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+import sewd_np
+from sewd_np import cli, info
+from sewd_np.config import SEWDConfig
+from tests.reference import HF_CLASSES, SMALL
+from tests.test_transcribe import SPOKEN, small_model
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("classifier")
+    small_model("classification").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def broken_file(tmp_path: Path) -> str:
+    path = tmp_path / "broken.wav"
+    path.write_bytes(b"RIFF, but nothing that follows from it")
+    return str(path)
+
+
+# ------------------------------------------------------------------------ transcribe
+
+
+def test_without_a_file_the_bundled_clip(capsys: Captured) -> None:
+    assert cli.main(["transcribe"]) == 0
+    out, err = capsys.readouterr()
+    assert out == SPOKEN + "\n"
+    assert "bundled clip" in err
+
+
+def test_one_file_is_its_text_and_several_have_names(capsys: Captured) -> None:
+    clip = str(cli.CLIP)
+    assert cli.main(["transcribe", clip]) == 0
+    assert capsys.readouterr() == (SPOKEN + "\n", "")
+    assert cli.main(["transcribe", clip, clip]) == 0
+    assert capsys.readouterr() == (f"{clip}: {SPOKEN}\n" * 2, "")
+
+
+def test_json_is_one_object_a_line(capsys: Captured) -> None:
+    clip = str(cli.CLIP)
+    assert cli.main(["transcribe", clip, clip, "--output-format", "json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    expected = sewd_np.transcribe(clip)
+    assert first == second
+    assert (first["file"], first["text"], first["duration"]) == (clip, SPOKEN, expected.duration)
+    assert [word["text"] for word in first["words"]] == SPOKEN.split()
+    assert [word["start"] for word in first["words"]] == [word.start for word in expected.words]
+    assert first["words"][0].keys() == {"text", "start", "end", "confidence"}
+
+
+def test_a_bad_file_costs_only_itself(capsys: Captured, broken_file: str) -> None:
+    clip = str(cli.CLIP)
+    assert cli.main(["transcribe", "nowhere.wav", clip, broken_file, clip]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{clip}: {SPOKEN}\n" * 2
+    complaints = err.splitlines()
+    assert len(complaints) == 2
+    assert all(line.startswith("sewd-np: ") for line in complaints)
+    assert "nowhere.wav" in complaints[0] and broken_file in complaints[1]
+
+
+def test_too_short_a_file_is_named(capsys: Captured, tmp_path: Path) -> None:
+    short = str(tmp_path / "short.wav")
+    soundfile.write(short, np.zeros(719), 16000)
+    assert cli.main(["transcribe", short]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"sewd-np: {short}: ") and "720" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["transcribe", "--model", "no-such-model"], "no-such-model"),
+        (["transcribe", "--backend", "abacus"], "'abacus'"),
+        (["classify", "x.wav"], "classify needs a model"),
+        (["classify", "x.wav", "--model", "an4"], "has a CTC head, but classify needs"),
+        (["info", "no-such-model"], "no-such-model"),
+        (["info", "an4", "--seconds", "0"], "seconds is 0"),
+        (["info", "an4", "--seconds", "nan"], "seconds is nan"),
+        (["info", "an4", "--seconds", "0.01"], "too short"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys: Captured, arguments: list[str], said: str) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sewd-np: ") and err.count("\n") == 1 and said in err
+
+
+def test_wrong_arguments_exit_with_2(capsys: Captured) -> None:
+    for arguments in ([], ["sing"], ["transcribe", "--output-format", "xml"], ["classify"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "transcribe", interrupted)
+    assert cli.main(["transcribe", str(cli.CLIP)]) == 130
+    assert capsys.readouterr() == ("", "sewd-np: interrupted.\n")
+
+
+def test_a_lack_of_memory_is_no_traceback(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sewd_np.memory.available_memory", lambda: 1000)
+    assert cli.main(["transcribe", str(cli.CLIP)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and str(cli.CLIP) in err and "cut the recording" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break with another error on Windows")
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sewd_np", "info", "an4"], stdout=write_end, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device /dev/full")
+def test_a_full_disk_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sewd_np", "transcribe"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "No space left" in done.stderr
+
+
+def test_version(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"sewd-np {sewd_np.__version__}\n"
+
+
+# -------------------------------------------------------------------------- classify
+
+
+def test_classify_prints_labels_best_first(capsys: Captured, classifier_folder: str) -> None:
+    clip = str(cli.CLIP)
+    expected = sewd_np.classify(clip, model=classifier_folder, top_k=2)
+    assert cli.main(["classify", clip, "--model", classifier_folder, "--top-k", "2"]) == 0
+    assert capsys.readouterr().out == "".join(f"{label.score:.4f} {label.label}\n" for label in expected)
+    arguments = ["classify", clip, "--model", classifier_folder, "--output-format", "json"]
+    assert cli.main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["file"] == clip
+    assert printed["labels"][:2] == [{"label": label.label, "score": label.score} for label in expected]
+
+
+def test_classify_refuses_a_top_k_of_0(capsys: Captured, classifier_folder: str) -> None:
+    assert cli.main(["classify", str(cli.CLIP), "--model", classifier_folder, "--top-k", "0"]) == 2
+    assert "top_k is 0" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ info
+
+
+def test_info_prints_everything(capsys: Captured) -> None:
+    assert cli.main(["info", "an4", "--seconds", "2"]) == 0
+    page = capsys.readouterr().out
+    for said in (
+        "50/s, 25/s",
+        "400 samples (25 ms)",
+        "720 samples (45 ms)",
+        "3,430,847",
+        "for 2 s",
+        "hidden_size: 192",
+    ):
+        assert said in page
+    assert "# Model card: an4" in page
+
+
+def test_info_of_a_folder_has_no_card(capsys: Captured, classifier_folder: str) -> None:
+    assert cli.main(["info", classifier_folder]) == 0
+    page = capsys.readouterr().out
+    assert "sequence classification" in page and "Model card" not in page
+
+
+TINY = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_conv_pos_embeddings": 31}
+MID = {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8, "intermediate_size": 2048}
+BASE_PLUS = {
+    "num_hidden_layers": 24,
+    "num_conv_pos_embeddings": 31,
+    "conv_dim": (96, *[192] * 4, *[384] * 4, *[768] * 4),
+}
+KEYWORDS = {i: str(i) for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    "options, head, total",
+    [  # totals of the published checkpoints, as the hub gives them
+        (TINY, "model", 24_115_103),
+        (TINY, "ctc", 24_127_423),
+        ({**MID, "num_conv_pos_embeddings": 31}, "ctc", 78_816_063),
+        ({**MID, "num_conv_pos_embeddings": 127}, "ctc", 80_389_023),
+        ({**MID, "num_conv_pos_embeddings": 31, "id2label": KEYWORDS}, "classification", 78_934_059),
+        (BASE_PLUS, "ctc", 177_003_711),
+    ],
+)
+def test_parameters_add_up_to_the_published_totals(options: dict, head: str, total: int) -> None:
+    assert sum(info.count_parameters(SEWDConfig(**options), head).values()) == total
+
+
+@pytest.mark.parametrize("samples", [1040, 16161, 40000])
+@pytest.mark.parametrize("head", ["model", "ctc", "classification"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_conv_pos_embeddings": 32, "squeeze_factor": 3},
+        {"relative_attention": False, "share_att_key": False},
+        {"conv_kernel_size": 3, "conv_groups": 2, "hidden_dropout_prob": 0.0},
+        {"hidden_size": 24, "num_conv_pos_embedding_groups": 4, "use_weighted_layer_sum": True},
+    ],
+)
+def test_multiply_adds_are_what_pytorch_counts(samples: int, head: str, change: dict) -> None:
+    """Exactly half of the FLOP of transformers' model, which projects the position table in every pass."""
+    options = {**SMALL, **change}
+    model = HF_CLASSES[head](transformers.SEWDConfig(**options)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, samples))
+    config = SEWDConfig.from_dict(options)
+    ours = sum(info.count_multiply_adds(config, head, samples).values()) + info.position_table_multiply_adds(config)
+    assert 2 * ours == counter.get_total_flops()
+
+
+def test_multiply_adds_of_the_tiny_model() -> None:
+    """24.8 GFLOP for 10 s in transformers, of which 3.6 project the position table."""
+    config = SEWDConfig(**TINY)
+    work = sum(info.count_multiply_adds(config, "ctc", 160_000).values())
+    table = info.position_table_multiply_adds(config)
+    assert round(2 * (work + table) / 1e9, 1) == 24.8
+    assert round(2 * table / 1e9, 1) == 3.6
