@@ -1,0 +1,292 @@
+"""CPU benchmarks: this package beside transformers and ONNX Runtime, in one process, taking turns.
+
+    python -m benchmarks.cpu                       # everything (about 15 minutes on two cores)
+    python -m benchmarks.cpu speed stages          # some of it
+    python -m benchmarks.cpu plot -o picture.png   # time against length of recording
+
+Every figure is a ratio of medians of calls that take turns, because absolute times on a shared machine mean little.
+Weights are random: the arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import peers
+from sewd_np.info import count_multiply_adds
+
+SPEED = [  # shape, seconds of sound, threads, rounds; goals: transformers' time and ONNX Runtime's over ours
+    ("tiny", 10, 2, 15, 2.0, 1.4),
+    ("tiny", 60, 2, 5, 4.5, 3.0),
+    ("mid", 10, 2, 9, 1.8, 1.3),
+    ("tiny", 10, 1, 9, 1.5, 1.3),
+]
+
+
+def reference_call(model: torch.nn.Module, wave_bn: np.ndarray) -> Callable[[], torch.Tensor]:
+    """transformers, eager, in inference mode."""
+    inputs = torch.from_numpy(wave_bn)
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(inputs).logits
+        return logits
+
+    return call
+
+
+def speed() -> None:
+    """Time of one recording: transformers and ONNX Runtime over ours."""
+    print("\n## Speed: peers' median time over ours\n")
+    print("| shape | audio | threads | ours [ms] | transformers / ours (goal) | ONNX Runtime / ours (goal) |")
+    print("|---|---|---|---|---|---|")
+    for shape, seconds, threads, rounds, goal, onnx_goal in SPEED:
+        torch.set_num_threads(threads)
+        reference = peers.transformers_model(shape)
+        ours, wave_bn = peers.our_model(reference, "numba", threads), peers.audio(seconds)
+        session = peers.onnx_session(reference, wave_bn.shape[1], threads)
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": lambda ours=ours, wave_bn=wave_bn: ours(wave_bn),
+            "transformers": reference_call(reference, wave_bn),
+            "onnx": lambda session=session, wave_bn=wave_bn: session.run(None, {"x": wave_bn}),
+        }
+        t = peers.alternate(calls, rounds)
+        print(
+            f"| {shape} | {seconds} s | {threads} | {1e3 * t['ours']:.0f} "
+            f"| {t['transformers'] / t['ours']:.2f} ({goal}) "
+            f"| {t['onnx'] / t['ours']:.2f} ({onnx_goal}) |",
+            flush=True,
+        )
+
+
+def throughput(clips: int = 64, seconds: float = 3) -> None:
+    """Many short recordings: one by one here, in its best batch size there."""
+    torch.set_num_threads(2)
+    reference = peers.transformers_model("tiny")
+    ours = peers.our_model(reference, "numba", 2)
+    waves = np.concatenate([peers.audio(seconds, seed) for seed in range(clips)])
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: [ours(wave[None]) for wave in waves]}
+    for batch in (1, 4, 8, 16):
+        parts = [reference_call(reference, waves[i : i + batch]) for i in range(0, clips, batch)]
+        calls[f"batch {batch}"] = lambda parts=parts: [part() for part in parts]
+    t = peers.alternate(calls, 3)
+    best = min((name for name in t if name != "ours"), key=lambda name: t[name])
+    print(f"\n## Throughput: {clips} clips of {seconds} s, tiny\n")
+    print(f"transformers' best ({best}) / ours: {t[best] / t['ours']:.2f} (goal 2.5)")
+
+
+def stages(seconds: float = 10) -> None:
+    """Where the time goes, beside what the same multiply-adds take in plain matrix products."""
+    reference = peers.transformers_model("tiny")
+    ours, wave_bn = peers.our_model(reference, "numba", 2), peers.audio(seconds)
+    spent: dict[str, list[float]] = {}
+
+    def timed(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = operation(*arguments, **options)
+            spent.setdefault(name, []).append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    table = {field.name: getattr(ours.ops, field.name) for field in dataclasses.fields(ours.ops)}
+    plain = ours.ops
+    ours.ops = dataclasses.replace(plain, **{name: timed(name, op) for name, op in table.items() if callable(op)})
+    rounds = 9
+    for _ in range(rounds + 1):
+        ours(wave_bn)
+    ours.ops = plain
+    parts = count_multiply_adds(ours.config, "ctc", wave_bn.shape[1])
+    total = sum(parts.values())
+    rate = product_rate(threads=2)
+    bound = total / rate
+    print(f"\n## Stages: tiny, {seconds} s, 2 threads\n")
+    print(f"multiply-adds {total / 1e9:.2f} G; measured product rate {rate / 1e9:.0f} G multiply-adds a second")
+    whole = peers.alternate({"ours": lambda: ours(wave_bn)}, 9)["ours"]
+    print(f"matrix-product bound {1e3 * bound:.0f} ms, whole pass {1e3 * whole:.0f} ms: {whole / bound:.2f} times\n")
+    print("| operation | share of the time |\n|---|---|")
+    seconds_of = {name: sum(times) / len(times) * (len(times) // (rounds + 1)) for name, times in spent.items()}
+    everything = sum(seconds_of.values())
+    for name, value in sorted(seconds_of.items(), key=lambda item: -item[1])[:8]:
+        print(f"| {name} | {100 * value / everything:.0f} % |")
+
+
+def product_rate(threads: int) -> float:
+    """Multiply-adds a second of SciPy's single-threaded sgemm on ``threads`` threads, over the model's own shapes."""
+    from scipy.linalg.blas import sgemm
+    from threadpoolctl import threadpool_limits
+
+    shapes = [(125, 384, 1152), (125, 384, 1536), (125, 1536, 384), (1024, 384, 128), (512, 384, 256), (128, 1024, 512)]
+    rng = np.random.default_rng(0)
+    matrices = [(rng.standard_normal((k, m)), rng.standard_normal((n, k))) for m, k, n in shapes]
+    pairs = [(np.asfortranarray(a.T, np.float32), np.asfortranarray(b.T, np.float32)) for a, b in matrices]
+
+    def work() -> None:
+        for _ in range(10):
+            for a, b in pairs:
+                sgemm(1.0, a, b)
+
+    best = 0.0
+    with threadpool_limits(1):
+        for _ in range(5):
+            members = [threading.Thread(target=work) for _ in range(threads)]
+            start = time.perf_counter()
+            for member in members:
+                member.start()
+            for member in members:
+                member.join()
+            done = threads * 10 * sum(m * k * n for m, k, n in shapes)
+            best = max(best, done / (time.perf_counter() - start))
+    return best
+
+
+def error() -> None:
+    """Largest error of the logits against float64, ours and PyTorch's own."""
+    reference = peers.transformers_model("tiny")
+    ours, wave_bn = peers.our_model(reference, "numba", 2), peers.audio(10)
+    theirs = reference_call(reference, wave_bn)().numpy()
+    exact = reference_call(reference.double(), wave_bn.astype(np.float64))().numpy()
+    scale = np.abs(exact).max()
+    mine = ours(wave_bn).logits
+    print("\n## Error against float64, tiny, 10 s, relative to the largest logit\n")
+    print(f"ours {np.abs(mine - exact).max() / scale:.1e}, PyTorch {np.abs(theirs - exact).max() / scale:.1e}")
+
+
+MEMORY = """
+import resource, sys
+from benchmarks import peers
+which, seconds = sys.argv[1], float(sys.argv[2])
+reference = peers.transformers_model("tiny")
+if which == "ours":
+    model = peers.our_model(reference, "numba", 2)
+    del reference
+    call = lambda wave: model(wave)
+else:
+    from benchmarks.cpu import reference_call
+    call = lambda wave: reference_call(reference, wave)()
+call(peers.audio(1))
+wave = peers.audio(seconds)
+def rss():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = rss()
+call(wave)
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+print((peak - before) / 1024)
+"""
+
+
+def memory() -> None:
+    """Peak memory during one call beyond what stood before it (Linux)."""
+    print("\n## Peak memory of one call, tiny, beyond what stood before\n")
+    print("| audio | ours [MB] | transformers [MB] |\n|---|---|---|")
+    for seconds in (10, 60, 600):
+        row = []
+        for which in ("ours", "transformers"):
+            if which == "transformers" and seconds > 60:
+                row.append("not run")
+                continue
+            done = subprocess.run([sys.executable, "-c", MEMORY, which, str(seconds)], capture_output=True, text=True)
+            row.append(f"{float(done.stdout):.0f}" if done.returncode == 0 else done.stderr.strip().splitlines()[-1])
+        print(f"| {seconds} s | {' | '.join(row)} |", flush=True)
+
+
+COLD = """
+import time; start = time.perf_counter()
+import numpy as np, sewd_np
+sewd_np.transcribe(np.random.default_rng(0).standard_normal(48000).astype(np.float32), backend="numba")
+print(time.perf_counter() - start)
+"""
+
+
+def cold() -> None:
+    """First transcript of a 3 s clip in a fresh process, before and after the kernels are compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        times = []
+        for _ in range(3):
+            done = subprocess.run([sys.executable, "-c", COLD], env=environment, capture_output=True, text=True)
+            times.append(float(done.stdout))
+    print("\n## Cold start: import, load an4, first transcript of 3 s\n")
+    print(f"first time, compiling: {times[0]:.0f} s (goal 60); later: {min(times[1:]):.1f} s (goal 2)")
+
+
+def plot(path: Path) -> None:
+    """Time against length, 1 s to 10 min; transformers to 1 min, ONNX Runtime (one export a length) to 1 min."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    torch.set_num_threads(2)
+    reference = peers.transformers_model("tiny")
+    ours = peers.our_model(reference, "numba", 2)
+    lines: dict[str, list[tuple[float, float]]] = {"sewd_np, numba": [], "ONNX Runtime": [], "transformers": []}
+    for seconds in (1, 3, 10, 30, 60, 180, 600):
+        wave_bn = peers.audio(seconds)
+        calls: dict[str, Callable[[], Any]] = {"sewd_np, numba": lambda wave_bn=wave_bn: ours(wave_bn)}
+        if seconds <= 60:
+            session = peers.onnx_session(reference, wave_bn.shape[1], 2)
+            calls["ONNX Runtime"] = lambda session=session, wave_bn=wave_bn: session.run(None, {"x": wave_bn})
+            calls["transformers"] = reference_call(reference, wave_bn)
+        for name, value in peers.alternate(calls, 9 if seconds <= 10 else 3 if seconds <= 60 else 1).items():
+            lines[name].append((seconds, value))
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
+        axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=name)
+    axes.set(xlabel="length of recording [s]", ylabel="time of one pass [s]", title="SEW-D tiny, two CPU threads")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    print(f"\n{path}: " + "; ".join(f"{name} {points}" for name, points in lines.items()))
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "speed": speed,
+    "throughput": throughput,
+    "stages": stages,
+    "error": error,
+    "memory": memory,
+    "cold": cold,
+}
+
+
+def machine() -> str:
+    """Processor, cores and date."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "plot", []], help="what to measure (default: all)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("time-against-length.png"), help="picture of `plot`")
+    options = parser.parse_args()
+    print(f"# {machine()}")
+    for part in options.parts or [*PARTS, "plot"]:
+        if part == "plot":
+            plot(options.output)
+        else:
+            PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What each rung of the CPU kernels gains: ``python -m benchmarks.ladder`` prints the table of docs/kernels.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numba import njit
+from threadpoolctl import threadpool_limits
+
+from benchmarks import peers
+from sewd_np import attention, layers
+from sewd_np.cpu_gemm import pack, product, product_v1
+from sewd_np.cpu_kernels import layer_norm_v1, normalize_rows
+from sewd_np.cpu_math import ACTIVATION_CODES, activate
+
+
+@njit(nogil=True, error_model="numpy")
+def gelu_v1(x):  # type: ignore[no-untyped-def]
+    """GELU by the C library's erf, one number at a time."""
+    for i in range(len(x)):
+        x[i] = 0.5 * x[i] * (1.0 + math.erf(x[i] * math.sqrt(0.5)))
+
+
+def row(what: str, calls: dict[str, Callable[[], Any]]) -> None:
+    """One line: each step's time over the next one's."""
+    times = peers.alternate(calls, 9)
+    names = list(times)
+    gains = [f"{b} {times[a] / times[b]:.1f}×" for a, b in pairwise(names)]
+    print(f"| {what} | {names[0]} → {', → '.join(gains)} | {times[names[0]] / times[names[-1]]:.1f}× |", flush=True)
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+
+    def noise(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    print("| kernel | steps, each over the one before | in all |\n|---|---|---|")
+    m, k, n = 125, 384, 1536
+    a, b, bias, c = noise(m * k), noise(k, n), noise(n), noise(m * n)
+    panels = pack(b).reshape(-1)
+    row(
+        "product 125 × 384 × 1536",
+        {
+            "loops (v1)": lambda: product_v1(a, 0, k, m, k, b, bias, c, 0, n),
+            "NumPy": lambda: a.reshape(m, k) @ b + bias,
+            "register tiles, packed": lambda: product(a, 0, k, m, k, panels, 0, n, bias, c, 0, n),
+        },
+    )
+    x = noise(200_000)
+    row(
+        "gelu of 200,000 numbers",
+        {
+            "loops, math.erf (v1)": lambda: gelu_v1(x),
+            "NumPy, scipy.special.erf": lambda: layers.gelu(x),
+            "polynomial, vectors": lambda: activate(x, ACTIVATION_CODES["gelu"]),
+        },
+    )
+    rows, weight = noise(500, 384), noise(384)
+    out = np.empty_like(rows)
+    flat = (rows.reshape(-1), 500, 384, weight, weight, 1e-7, out.reshape(-1), 0, 1)
+    row(
+        "layer norm 500 × 384",
+        {
+            "loops (v1)": lambda: layer_norm_v1(rows, weight, weight, 1e-7, out),
+            "NumPy": lambda: layers.layer_norm(rows, weight, weight, 1e-7),
+            "vectors": lambda: normalize_rows(*flat),
+        },
+    )
+    reference = peers.transformers_model("tiny")
+    one, two = (peers.our_model(reference, "numba", threads) for threads in (1, 2))
+    numpy = peers.our_model(reference, "numpy")
+    config, wave_bn = one.config, peers.audio(10)
+    encoder = (config.conv_stride, "group", 1e-5, "gelu")
+    row(
+        "feature encoder, 10 s",
+        {
+            "NumPy, layer by layer": lambda: layers.feature_encoder(wave_bn, numpy.weights.feature_encoder, *encoder),
+            "tiles of time": lambda: one.ops.feature_encoder(wave_bn, one.weights.feature_encoder, *encoder),
+            "two threads": lambda: two.ops.feature_encoder(wave_bn, two.weights.feature_encoder, *encoder),
+        },
+    )
+    heads, scale, qkv = config.num_attention_heads, config.score_scale, noise(1, 250, 3 * 384)
+    span = (config.position_buckets, config.max_relative_distance, config.position_span)
+    index, by_difference = attention.relative_index(250, *span), one.ops.relative_index(250, *span)
+    positions, packed = (model.weights.layers[0].attention.positions for model in (numpy, one))
+    row(
+        "attention, 10 s, one layer",
+        {
+            "NumPy, head by head": lambda: attention.disentangled_attention(qkv, heads, positions, index, scale),
+            "fused blocks, band": lambda: one.ops.disentangled_attention(qkv, heads, packed, by_difference, scale),
+            "two threads": lambda: two.ops.disentangled_attention(qkv, heads, packed, by_difference, scale),
+        },
+    )
+    row(
+        "tiny, 10 s, whole",
+        {"NumPy": lambda: numpy(wave_bn), "Numba": lambda: one(wave_bn), "two threads": lambda: two(wave_bn)},
+    )
+
+
+if __name__ == "__main__":
+    with threadpool_limits(1):  # NumPy's products on one thread, as ours are in the first steps
+        main()
