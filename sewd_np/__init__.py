@@ -37,6 +37,7 @@ _ROOM = {  # where to find a public name that is imported on first use
     "SEWDForSequenceClassification": "model",
     "SEWDModel": "model",
     "Trace": "trace",
+    "trace": "trace",  # the room itself, for sewd_np.trace.report
     "Word": "decoding",
 }
 
@@ -44,7 +45,8 @@ _ROOM = {  # where to find a public name that is imported on first use
 def __getattr__(name: str) -> Any:
     if name not in _ROOM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOM[name]}"), name)
+    room = import_module(f"{__name__}.{_ROOM[name]}")
+    return room if name == _ROOM[name] else getattr(room, name)
 
 
 def __dir__() -> list[str]:

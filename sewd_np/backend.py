@@ -118,9 +118,13 @@ def get_operations(backend: str, dtype: Any = np.float32, threads: int | None = 
     takes = ("float32",) if backend == "numba" else ("float32", "float64")
     if np.dtype(dtype).name not in takes:
         raise ValueError(f"dtype is {np.dtype(dtype)}; backend {backend!r} computes in {' or '.join(takes)}.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1.")
     if backend == "numpy":
         if threads is not None:
-            raise ValueError("threads is for backend 'numba'; NumPy's products take what its own library is set to.")
+            raise ValueError(
+                "threads is given for backend 'numpy', which has no say in it; leave it out, or choose 'numba'."
+            )
         return NUMPY
     return _numba(threads)
 

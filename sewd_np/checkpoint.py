@@ -119,7 +119,11 @@ def read_checkpoint(source: str | Path, head: str | None = None) -> Checkpoint:
 
 
 def load_model(
-    source: str | Path, cls: type[SEWDModel] | None = None, backend: str = "numpy", dtype: Any = np.float32
+    source: str | Path,
+    cls: type[SEWDModel] | None = None,
+    backend: str = "numpy",
+    dtype: Any = np.float32,
+    threads: int | None = None,
 ) -> Any:
     """A model of class ``cls`` (None: the checkpoint's own) on a backend, computing in ``dtype``.
 
@@ -130,7 +134,7 @@ def load_model(
     from sewd_np.backend import get_operations
     from sewd_np.processor import Processor
 
-    ops = get_operations(backend, dtype)
+    ops = get_operations(backend, dtype, threads)
     checkpoint = read_checkpoint(source, None if cls is None else cls.head)
     if cls is None:
         cls = getattr(model, ARCHITECTURES[checkpoint.head])

@@ -82,7 +82,8 @@ _MODEL_HELP = "a bundled name, a folder, a weights file or a Hugging Face hub id
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--backend", default="numpy", help="what computes (default: numpy)")
+    command.add_argument("--backend", default="numpy", help="what computes: numpy or numba (default: numpy)")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads of backend numba (default: all cores)")
     command.add_argument(
         "--output-format",
         choices=("text", "json"),
@@ -92,7 +93,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    model = load_for("ctc", options.model, options.backend)
+    model = load_for("ctc", options.model, options.backend, options.threads)
     if not options.files:
         _complain(f"no file given, so this is the bundled clip {CLIP.name}, made by text-to-speech.")
     return _for_each_file(
@@ -103,7 +104,7 @@ def _transcribe(options: argparse.Namespace) -> int:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    model = load_for("classification", options.model, options.backend)
+    model = load_for("classification", options.model, options.backend, options.threads)
     return _for_each_file(
         options.files,
         lambda path: classify(path, model=model, top_k=options.top_k),

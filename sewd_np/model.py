@@ -407,11 +407,13 @@ class SEWDModel:
         )
 
     @classmethod
-    def from_pretrained(cls, source: Any, backend: str = "numpy", dtype: Any = np.float32) -> Self:
+    def from_pretrained(
+        cls, source: Any, backend: str = "numpy", dtype: Any = np.float32, threads: int | None = None
+    ) -> Self:
         """Load from a bundled name, a folder, a weights file or a hub id; see ``checkpoint.load_model``."""
         from sewd_np.checkpoint import load_model
 
-        return load_model(source, cls, backend, dtype)
+        return load_model(source, cls, backend, dtype, threads)
 
     def save_pretrained(self, folder: Any) -> None:
         """Write a folder that transformers and this package read back; see ``checkpoint.save_pretrained``."""

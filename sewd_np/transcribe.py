@@ -53,15 +53,18 @@ class Label:
     score: float
 
 
-def load(source: Any = DEFAULT_MODEL, backend: str = "numpy", dtype: Any = np.float32) -> SEWDModel:
+def load(
+    source: Any = DEFAULT_MODEL, backend: str = "numpy", dtype: Any = np.float32, threads: int | None = None
+) -> SEWDModel:
     """A model from a bundled name, a folder, a weights file or a Hugging Face hub id.
 
     The class (``SEWDModel``, ``SEWDForCTC``, ``SEWDForSequenceClassification``) follows from the head that the
-    checkpoint has. ``dtype`` float64 computes in double precision. See ``checkpoint.load_model`` for errors.
+    checkpoint has. ``backend`` "numpy" runs the definitions, "numba" compiled kernels on ``threads`` threads (None: all
+    cores); ``dtype`` float64 computes in double precision, on "numpy" only. See ``checkpoint.load_model`` for errors.
     """
     from sewd_np.checkpoint import load_model
 
-    model: SEWDModel = load_model(source, backend=backend, dtype=dtype)
+    model: SEWDModel = load_model(source, backend=backend, dtype=dtype, threads=threads)
     return model
 
 
@@ -72,6 +75,7 @@ def transcribe(
     backend: str = ...,
     sampling_rate: float | None = ...,
     progress: bool = ...,
+    threads: int | None = ...,
 ) -> list[Transcript]: ...
 @overload
 def transcribe(
@@ -80,6 +84,7 @@ def transcribe(
     backend: str = ...,
     sampling_rate: float | None = ...,
     progress: bool = ...,
+    threads: int | None = ...,
 ) -> Transcript: ...
 def transcribe(
     audio: Recording | Several,
@@ -87,11 +92,13 @@ def transcribe(
     backend: str = "numpy",
     sampling_rate: float | None = None,
     progress: bool = False,
+    threads: int | None = None,
 ) -> Transcript | list[Transcript]:
     """Transcribe a recording, or each of a list (or tuple) of them.
 
     audio: a path, an open binary file or a waveform (n,), as ``audio.load_audio`` takes them; or a list of such.
-    model: what ``load`` takes, or a loaded model, whose own backend then counts instead of ``backend``.
+    model: what ``load`` takes, or a loaded model, whose own backend and threads then count.
+    threads: CPU threads of backend "numba", all cores if not given.
     sampling_rate: samples per second of arrays, the model's own (16,000) if not given; a file says its own.
     progress: draw a bar on standard error.
 
@@ -101,7 +108,7 @@ def transcribe(
     Raises ``AudioError``, ``OSError`` and ``MemoryError`` for a recording, ``ValueError`` for a model without a CTC
     head, and what ``load`` raises.
     """
-    recognizer = load_for("ctc", model, backend)
+    recognizer = load_for("ctc", model, backend, threads)
     return _each(audio, lambda recording: _transcript(recognizer, recording, sampling_rate), progress)
 
 
@@ -113,6 +120,7 @@ def classify(
     sampling_rate: float | None = ...,
     progress: bool = ...,
     top_k: int = ...,
+    threads: int | None = ...,
 ) -> list[list[Label]]: ...
 @overload
 def classify(
@@ -122,6 +130,7 @@ def classify(
     sampling_rate: float | None = ...,
     progress: bool = ...,
     top_k: int = ...,
+    threads: int | None = ...,
 ) -> list[Label]: ...
 def classify(
     audio: Recording | Several,
@@ -130,6 +139,7 @@ def classify(
     sampling_rate: float | None = None,
     progress: bool = False,
     top_k: int = 5,
+    threads: int | None = None,
 ) -> list[Label] | list[list[Label]]:
     """The ``top_k`` likeliest labels of a recording, best first, or of each of a list; all if there are fewer.
 
@@ -138,11 +148,11 @@ def classify(
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
         raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
-    classifier = load_for("classification", model, backend)
+    classifier = load_for("classification", model, backend, threads)
     return _each(audio, lambda recording: _labels(classifier, recording, sampling_rate)[:top_k], progress)
 
 
-def load_for(head: str, model: Any, backend: str) -> SEWDModel:
+def load_for(head: str, model: Any, backend: str, threads: int | None = None) -> SEWDModel:
     """The model that a task ("ctc" or "classification") needs: loaded, if it is not yet, and of the right kind.
 
     Raises ``ValueError`` for a model with another head or without the files that describe its input and output.
@@ -153,7 +163,7 @@ def load_for(head: str, model: Any, backend: str) -> SEWDModel:
     if model is None:
         raise ValueError(f"{task} needs a model: none with {needed} is bundled; give a folder or a hub id.")
     name = "the given model" if isinstance(model, SEWDModel) else f"model {str(model)!r}"
-    loaded = model if isinstance(model, SEWDModel) else load(model, backend)
+    loaded = model if isinstance(model, SEWDModel) else load(model, backend, threads=threads)
     if loaded.head != head:
         found = HEADS[loaded.head][1] if loaded.head in HEADS else "no head"
         raise ValueError(f"{name} has {found}, but {task} needs {needed}; {advice}.")
