@@ -93,7 +93,6 @@ def main() -> None:
         {
             "NumPy, head by head": lambda: attention.disentangled_attention(qkv, heads, positions, index, scale),
             "fused blocks, band": lambda: one.ops.disentangled_attention(qkv, heads, packed, by_difference, scale),
-            "two threads": lambda: two.ops.disentangled_attention(qkv, heads, packed, by_difference, scale),
         },
     )
     row(

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 import sewd_np
 from sewd_np.audio import load_audio
-from sewd_np.decoding import greedy, log_softmax
+from sewd_np.decoding import greedy
+from sewd_np.losses import log_softmax
 
 CLIP = Path(sewd_np.__file__).parent / "assets" / "clips" / "enter-six-two-four.flac"
 

@@ -3,8 +3,8 @@
 An ``Operations`` table lists everything that ``model.py`` may do to an activation. Each backend fills it with functions
 of the same names, argument order and meaning; arrays stay the backend's own from the first operation to the last.
 
-The fused operations come first. The explicit ones below them take the same work apart, so that a trace can see (and an
-edit can change) what lies inside; ``model.py`` picks them only when somebody asks.
+The fused operations come first. The explicit ones below them take the same work apart, so that a trace can see what
+lies inside; ``model.py`` picks them only when somebody asks.
 """
 
 from __future__ import annotations
@@ -116,8 +116,12 @@ def get_operations(backend: str, dtype: Any = np.float32, threads: int | None = 
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
     takes = ("float32",) if backend == "numba" else ("float32", "float64")
-    if np.dtype(dtype).name not in takes:
-        raise ValueError(f"dtype is {np.dtype(dtype)}; backend {backend!r} computes in {' or '.join(takes)}.")
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in takes:
+        raise ValueError(f"dtype is {name}; backend {backend!r} computes in {' or '.join(takes)}.")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1.")
     if backend == "numpy":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sewd_np
-from sewd_np.transcribe import DEFAULT_MODEL, Label, Transcript, classify, load_for, transcribe
+from sewd_np.transcribe import DEFAULT_BACKEND, DEFAULT_MODEL, Label, Transcript, classify, load_for, transcribe
 
 ASSETS = Path(__file__).parent / "assets"
 CLIP = ASSETS / "clips" / "enter-six-two-four.flac"
@@ -82,7 +82,7 @@ _MODEL_HELP = "a bundled name, a folder, a weights file or a Hugging Face hub id
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--backend", default="numpy", help="what computes: numpy or numba (default: numpy)")
+    command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"numpy or numba (default: {DEFAULT_BACKEND})")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads of backend numba (default: all cores)")
     command.add_argument(
         "--output-format",
@@ -163,8 +163,8 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError):
-        return f"not enough memory; try a shorter recording. {text}".rstrip()
+    if isinstance(error, MemoryError) and not text:
+        return "not enough memory; try a shorter recording."
     return text or type(error).__name__
 
 

@@ -9,7 +9,7 @@ For one head and QUERIES query frames the scores are three products and one walk
 
 The bucket r depends only on i − j. With the table stored back to front, r grows with j: along a row of S the walk
 reads C and P front to back, and where frames are so far apart that r no longer changes it adds one number to a run.
-Only the band of buckets that a recording of this length can have is multiplied at all: 385 of 512 at 10 s.
+Only the band of buckets that a recording of this length can have is multiplied at all: 379 of 512 at 10 s.
 
 Then softmax in place, the product with V, and one division by the row's sum at the end. Frames beyond a recording's
 valid length are never computed with, so there is no mask.

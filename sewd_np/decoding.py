@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 
+from sewd_np.losses import log_softmax
 from sewd_np.tokenizer import CTCTokenizer, Span, runs
 
 SECONDS_PER_FRAME = 0.02  # 320 samples at 16 kHz
@@ -51,13 +52,6 @@ def ctc_collapse(ids: np.ndarray, blank: int) -> np.ndarray:
     """CTC's many-to-one map: ids of a path (s,) with runs merged, then blanks removed; (u,) with u ≤ s, int64."""
     path = [int(value) for value in ids]
     return np.array([run.value for run in runs(path) if run.value != blank], dtype=np.int64)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log p = x − max x − log Σ exp(x − max x) over the last axis, in float64: never overflows, exact for tiny p."""
-    shifted = np.asarray(logits, dtype=np.float64)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def words(

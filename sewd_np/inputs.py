@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sewd_np.config import SAMPLING_RATE, SEWDConfig
+from sewd_np.losses import class_labels, ctc_labels
 from sewd_np.memory import require_memory
 from sewd_np.params import expected_shapes
 from sewd_np.trace import Trace
@@ -19,7 +20,18 @@ Padding = Literal["transformers", "original", "alone"]
 PADDINGS = ("transformers", "original", "alone")
 
 
+def checked_trace(trace: Any) -> None:
+    """Raise ``TypeError`` unless ``trace`` is a ``Trace`` or None."""
+    if trace is not None and not isinstance(trace, Trace):
+        raise TypeError(f"trace is {trace!r}; it must be a Trace, such as sewd_np.Trace('*.attention.self.probs').")
+
+
 def checked_input(model: SEWDModel, input_values: Any, attention_mask: Any, padding: str) -> tuple[Array, Array | None]:
+    """The waveforms (b, n) in the model's dtype, and their valid lengths (b,) or None without a mask.
+
+    Raises ``ValueError`` for an unknown padding rule; wrong shape, too few samples, NaN or infinity; a mask of another
+    shape or with other values than 0 and 1; with "alone", a recording that is too short by itself.
+    """
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; it must be one of {', '.join(PADDINGS)}.")
     wave_bn = np.asarray(input_values)
@@ -49,6 +61,10 @@ def checked_input(model: SEWDModel, input_values: Any, attention_mask: Any, padd
 
 
 def checked_time_mask(model: SEWDModel, indices: Any, batch: int, samples: int) -> Array | None:
+    """SpecAugment's marks (b, s), or None where there are none or ``apply_spec_augment`` is false.
+
+    Raises ``ValueError`` for another shape or dtype than bool (b, s), and for a model without ``masked_spec_embed``.
+    """
     if indices is None or not model.config.apply_spec_augment:
         return None
     mask_bs, expected = np.asarray(indices), (batch, model.config.frames(samples))
@@ -64,21 +80,41 @@ def checked_time_mask(model: SEWDModel, indices: Any, batch: int, samples: int) 
     return mask_bs
 
 
-def require_score_memory(model: SEWDModel, wave_bn: Array, output_attentions: bool, trace: Trace | None) -> None:
-    """Stop before the work starts if the (t, t) score matrices cannot fit."""
-    config, (batch, samples) = model.config, wave_bn.shape
+def require_score_memory(
+    model: SEWDModel, batch: int, samples: int, output_attentions: bool, trace: Trace | None, together: int
+) -> None:
+    """Raise ``MemoryError`` before the work starts if the (t, t) score matrices cannot fit.
+
+    ``together`` recordings of ``batch`` are computed at a time; maps that the caller asked for are kept for all.
+    """
+    config, ops, itemsize = model.config, model.ops, model.dtype.itemsize
     t = config.squeezed(config.frames(samples))
     maps = [] if trace is None else [name for name, dims in trace.dims.items() if dims == "b h i j"]
-    explicit = output_attentions or bool(maps)
-    needed = model.ops.attention_bytes(batch, config.num_attention_heads, t, model.dtype.itemsize, explicit)
     kept = len(maps) + output_attentions * config.num_hidden_layers
-    needed += kept * batch * config.num_attention_heads * t * t * model.dtype.itemsize
+    needed = ops.attention_bytes(together, config.num_attention_heads, t, itemsize, kept > 0)
+    needed += kept * batch * config.num_attention_heads * t * t * itemsize
+    advice = "cut the recording into shorter pieces"
+    if kept:
+        advice += " or ask for fewer attention maps"
+    elif ops.name == "numpy":
+        advice += " or use backend 'numba', whose memory grows with the length and not with its square"
     require_memory(
         needed,
         f"attention over {samples / SAMPLING_RATE:.1f} s of sound ({t} squeezed frames, batch of {batch}) "
-        f"on backend {model.ops.name!r}",
-        "cut the recording into shorter pieces" + (" or ask for fewer attention maps" if explicit else ""),
+        f"on backend {ops.name!r}",
+        advice,
     )
+
+
+def check_labels(model: SEWDModel, labels: Any, input_values: Any) -> None:
+    """Refuse unusable labels before the forward pass is paid for. Raises ``ValueError``."""
+    batch = len(input_values) if np.ndim(input_values) else 0
+    if model.head == "model":
+        raise ValueError("labels are given, but this model has no head; load it as SEWDForCTC or a classifier.")
+    if model.head == "ctc":
+        ctc_labels(labels, batch, model.config.vocab_size)
+    else:
+        class_labels(labels, batch, model.config.num_labels)
 
 
 def checked_params(config: SEWDConfig, head: str, params: Any) -> tuple[dict[str, Array], np.dtype]:

@@ -20,6 +20,33 @@ def log_softmax(logits: Array) -> Array:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def ctc_labels(labels_bl: Array, batch: int, vocab_size: int) -> Array:
+    """Labels (b, l) as an array, or ``ValueError``: token ids below ``vocab_size``, filled up with −100."""
+    labels_bl = np.asarray(labels_bl)
+    if labels_bl.ndim != 2 or len(labels_bl) != batch or labels_bl.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels have shape {labels_bl.shape} and dtype {labels_bl.dtype}; "
+            f"they must be whole numbers of shape ({batch}, label count), filled up with {IGNORED}."
+        )
+    wrong = labels_bl[(labels_bl >= vocab_size) | ((labels_bl < 0) & (labels_bl != IGNORED))]
+    if wrong.size:
+        raise ValueError(f"labels contain {wrong[0]}; they must be below vocab_size = {vocab_size}, or {IGNORED}.")
+    return labels_bl
+
+
+def class_labels(labels_b: Array, batch: int, classes: int) -> Array:
+    """Labels (b,) as an array, or ``ValueError``: class ids, or −100 for "none"."""
+    labels = np.asarray(labels_b).reshape(-1)
+    if len(labels) != batch or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels have shape {np.shape(labels_b)} and dtype {labels.dtype}; they must be {batch} whole numbers."
+        )
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if wrong.size:
+        raise ValueError(f"labels contain {wrong[0]}; they must be from 0 to {classes - 1}, or {IGNORED}.")
+    return labels
+
+
 def ctc_alphas(log_probs_sv: Array, labels: Array, blank: int) -> Array:
     """Forward lattice of CTC: α[s, u] = log-probability of all ways to stand at symbol u after frame s.
 
@@ -71,16 +98,8 @@ def ctc_loss(
 
     Raises ``ValueError`` for labels of the wrong shape or a label that is no token id.
     """
-    labels_bl = np.asarray(labels_bl)
     batch, _, vocab_size = logits_bsv.shape
-    if labels_bl.ndim != 2 or len(labels_bl) != batch or labels_bl.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels have shape {labels_bl.shape} and dtype {labels_bl.dtype}; "
-            f"they must be whole numbers of shape ({batch}, label count), filled up with {IGNORED}."
-        )
-    wrong = labels_bl[(labels_bl >= vocab_size) | ((labels_bl < 0) & (labels_bl != IGNORED))]
-    if wrong.size:
-        raise ValueError(f"labels contain {wrong[0]}; they must be below vocab_size = {vocab_size}, or {IGNORED}.")
+    labels_bl = ctc_labels(labels_bl, batch, vocab_size)
     losses, counts = np.zeros(batch), np.ones(batch)
     for b in range(batch):
         labels = labels_bl[b][(labels_bl[b] != IGNORED) & (labels_bl[b] != blank)]
@@ -99,15 +118,7 @@ def cross_entropy(logits_bn: Array, labels_b: Array) -> float:
 
     logits (b, labels), labels (b,) or (b, 1). Raises ``ValueError`` for a label that is no class.
     """
-    batch, classes = logits_bn.shape
-    labels = np.asarray(labels_b).reshape(-1)
-    if len(labels) != batch or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels have shape {np.shape(labels_b)} and dtype {labels.dtype}; they must be {batch} whole numbers."
-        )
-    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
-    if wrong.size:
-        raise ValueError(f"labels contain {wrong[0]}; they must be from 0 to {classes - 1}, or {IGNORED}.")
+    labels = class_labels(labels_b, *logits_bn.shape)
     kept = labels != IGNORED
     if not kept.any():
         return float("nan")

@@ -1,7 +1,7 @@
 """SEW-D, written once: what happens to a waveform, in order, over one backend's table of operations.
 
 Nothing here adds or multiplies an activation; every such step is an operation of ``ops`` (``backend.Operations``), so
-the same lines run on NumPy, Numba and CUDA arrays. Read ``_Pass`` from top to bottom for the whole model:
+the same lines run on every backend. Read ``_Pass`` from top to bottom for the whole model:
 
     wave_bn -> feature_encoder -> features_bsc -> project -> squeeze -> hidden_btd
     hidden_btd -> L x transformer_layer -> upsample -> hidden_bsd -> head
@@ -23,7 +23,15 @@ import numpy as np
 
 from sewd_np import losses
 from sewd_np.config import SEWDConfig
-from sewd_np.inputs import Padding, checked_input, checked_params, checked_time_mask, require_score_memory
+from sewd_np.inputs import (
+    Padding,
+    check_labels,
+    checked_input,
+    checked_params,
+    checked_time_mask,
+    checked_trace,
+    require_score_memory,
+)
 from sewd_np.params import Attention, Layer, Weights
 from sewd_np.trace import Trace, points, shapes
 
@@ -67,6 +75,8 @@ class _Pass:
         self.attentions: list[Array] | None = [] if keep_attentions else None
         self.hidden_states: list[Array] = []
         self.keep_hidden_states = False
+        # Lengths reach the operations under "alone" only on a backend that runs such recordings together
+        # (``ops.one_by_one`` false); the others come through ``_each_alone``, without padding.
         self.alone = padding == "alone"
         self.mask_queries = padding == "original"
         self.samples_b = lengths_b
@@ -80,7 +90,7 @@ class _Pass:
             self.squeezed_b = (self.frames_b + up) // factor
 
     def point(self, name: str, x: Any) -> Any:
-        """Let the trace see ``x``; the caller goes on with what is returned."""
+        """Let the trace see ``x``, and give it back."""
         if self.trace is not None and name in self.trace.dims:
             self.trace.record(name, self.ops.to_numpy(x))
         return x
@@ -263,10 +273,13 @@ def _forward(
     """Check the input, run a ``_Pass`` (or one for each recording), return NumPy arrays."""
     wave_bn, lengths_b = checked_input(model, input_values, attention_mask, padding)
     mask_bs = checked_time_mask(model, mask_time_indices, *wave_bn.shape)
+    checked_trace(trace)
     if trace is not None:
         trace.start(points(model.config, model.head))
-    require_score_memory(model, wave_bn, output_attentions, trace)
-    if lengths_b is not None and padding == "alone" and model.ops.one_by_one:
+    apart = lengths_b is not None and padding == "alone" and model.ops.one_by_one
+    batch, samples = wave_bn.shape
+    require_score_memory(model, batch, samples, output_attentions, trace, together=1 if apart else batch)
+    if apart and lengths_b is not None:
         return _each_alone(model, wave_bn, lengths_b, output_hidden_states, output_attentions, mask_bs, trace)
     run = _Pass(model, lengths_b, padding, trace, output_attentions)
     run.keep_hidden_states = output_hidden_states or model.weights.layer_weights is not None
@@ -377,11 +390,12 @@ class SEWDModel:
         recording came by itself. labels (b, l) of token ids, filled up with -100, ask a CTC model for its loss, labels
         (b,) a classifier. mask_time_indices (b, s) marks frames that SpecAugment's vector replaces.
 
-        Raises ``ValueError`` for input of the wrong shape, too short or not finite, and ``MemoryError`` before any
-        work if the attention scores cannot fit.
+        Raises ``ValueError`` for input of the wrong shape, too short or not finite, a mask with other values than 0
+        and 1, unusable labels or an unknown padding rule; ``TypeError`` for a trace that is none; ``MemoryError``
+        before any work if the attention scores cannot fit.
         """
-        if labels is not None and self.head == "model":
-            raise ValueError("labels are given, but this model has no head; load it as SEWDForCTC or a classifier.")
+        if labels is not None:
+            check_labels(self, labels, input_values)
         out = _forward(
             self,
             input_values,

@@ -7,9 +7,8 @@ in the dimension key. A ``Trace`` picks some of them by pattern and keeps their 
     model(wave, trace=trace)
     trace["encoder.encoder.layer.3.attention.self.probs"]      # (b, h, i, j)
 
-The parity report, the plots and the notebooks read this table and nothing else. Inside the model a point is written
-``x = point(name, x)``: it records, and returns what the caller goes on with. Where the reference has no module for a
-value, the point is named after the module that takes it, as ``.input``.
+The parity report reads this table and nothing else. Inside the model a point is written ``x = point(name, x)``. Where
+the reference has no module for a value, the point is named after the module that takes it, as ``.input``.
 """
 
 from __future__ import annotations
@@ -221,6 +220,7 @@ def error_between(a: Array, b: Array) -> float:
 def compare(a: Any, b: Any, tolerance: float = 1e-4) -> list[Row]:
     """Compare two traces (or mappings from names to arrays) point by point, in the order of ``a``."""
     rows = []
+    a, b = ({name: np.asarray(run[name]) for name in run} for run in (a, b))
     for name in [*a, *(name for name in b if name not in a)]:
         if name not in a or name not in b:
             only_a, shape = name in a, (a[name] if name in a else b[name]).shape
@@ -239,7 +239,7 @@ def compare(a: Any, b: Any, tolerance: float = 1e-4) -> list[Row]:
 def report(a: Any, b: Any, tolerance: float = 1e-4, write: Callable[[str], Any] = print) -> list[Row]:
     """Print the layer-by-layer table of two runs and return its rows.
 
-    a, b: two traces of our own runs (two backends, dtypes, models, an edit), or mappings from names to arrays.
+    a, b: two traces of our own runs (two backends, dtypes, models), or mappings from names to arrays.
     ``error`` is max |a − b| / max(1, max |b|); a row is OK up to ``tolerance``. The first row that is not OK is
     where to look.
     """

@@ -26,6 +26,7 @@ Several = list[Any] | tuple[Any, ...]
 Result = TypeVar("Result")
 
 DEFAULT_MODEL = "an4"
+DEFAULT_BACKEND = "numpy"
 HEADS = {  # what a task needs: the head, and how to say so
     "ctc": ("transcribe", "a CTC head", "choose a checkpoint fine-tuned for speech recognition"),
     "classification": ("classify", "a classification head", "choose a checkpoint fine-tuned to classify"),
@@ -54,7 +55,7 @@ class Label:
 
 
 def load(
-    source: Any = DEFAULT_MODEL, backend: str = "numpy", dtype: Any = np.float32, threads: int | None = None
+    source: Any = DEFAULT_MODEL, backend: str = DEFAULT_BACKEND, dtype: Any = np.float32, threads: int | None = None
 ) -> SEWDModel:
     """A model from a bundled name, a folder, a weights file or a Hugging Face hub id.
 
@@ -89,7 +90,7 @@ def transcribe(
 def transcribe(
     audio: Recording | Several,
     model: Any = DEFAULT_MODEL,
-    backend: str = "numpy",
+    backend: str = DEFAULT_BACKEND,
     sampling_rate: float | None = None,
     progress: bool = False,
     threads: int | None = None,
@@ -135,7 +136,7 @@ def classify(
 def classify(
     audio: Recording | Several,
     model: Any = None,
-    backend: str = "numpy",
+    backend: str = DEFAULT_BACKEND,
     sampling_rate: float | None = None,
     progress: bool = False,
     top_k: int = 5,
@@ -160,10 +161,19 @@ def load_for(head: str, model: Any, backend: str, threads: int | None = None) ->
     from sewd_np.model import SEWDModel
 
     task, needed, advice = HEADS[head]
+    if model is None and head == "ctc":
+        model = DEFAULT_MODEL
     if model is None:
         raise ValueError(f"{task} needs a model: none with {needed} is bundled; give a folder or a hub id.")
-    name = "the given model" if isinstance(model, SEWDModel) else f"model {str(model)!r}"
-    loaded = model if isinstance(model, SEWDModel) else load(model, backend, threads=threads)
+    if isinstance(model, SEWDModel):
+        if threads is not None or backend not in (DEFAULT_BACKEND, model.ops.name):
+            raise ValueError(
+                f"backend {backend!r} and threads {threads!r} are given with a model that is already loaded on "
+                f"{model.ops.name!r}; give them to load() instead."
+            )
+        name, loaded = "the given model", model
+    else:
+        name, loaded = f"model {str(model)!r}", load(model, backend, threads=threads)
     if loaded.head != head:
         found = HEADS[loaded.head][1] if loaded.head in HEADS else "no head"
         raise ValueError(f"{name} has {found}, but {task} needs {needed}; {advice}.")
@@ -228,7 +238,7 @@ def _transcript(model: SEWDModel, recording: Any, sampling_rate: float | None) -
 
 def _labels(model: SEWDModel, recording: Any, sampling_rate: float | None) -> list[Label]:
     """All labels, best first; of equal scores the lower id first."""
-    from sewd_np.decoding import log_softmax
+    from sewd_np.losses import log_softmax
 
     logits_l, _ = _logits(model, recording, sampling_rate)
     scores_l = np.exp(log_softmax(logits_l))

@@ -33,12 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     # transformers rounds the score scale to float32 even in double: that alone is about 1e-8.
     dtype, tolerance = (np.float64, 1e-7) if options.double else (np.float32, 1e-4)
-    model = sewd_np.load(options.model, backend=options.backend, dtype=dtype)
+    try:
+        model = sewd_np.load(options.model, backend=options.backend, dtype=dtype)
+        wave_n = load_audio(options.audio)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         hf = HF_CLASSES[model.head].from_pretrained(folder, dtype=torch.float64 if options.double else torch.float32)
     assert model.processor is not None
-    wave_bn = model.processor(load_audio(options.audio), sampling_rate=16_000)["input_values"].astype(dtype)
+    wave_bn = model.processor(wave_n, sampling_rate=16_000)["input_values"].astype(dtype)
 
     trace = Trace()
     model(wave_bn, trace=trace)

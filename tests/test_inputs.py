@@ -103,12 +103,36 @@ def test_unknown_names(model: sewd_np.SEWDForCTC) -> None:
         model(wave(), trace=sewd_np.Trace("*.nothing"))
     with pytest.raises(TypeError, match="must be a string"):
         sewd_np.Trace(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="trace is '\\*'; it must be a Trace"):
+        model(wave(), trace="*")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype is 'junk'"):
+        get_operations("numpy", "junk")
 
 
 def test_labels_need_a_head() -> None:
     headless = sewd_np.SEWDModel(CONFIG, random_params(CONFIG, "model"), NUMPY)
     with pytest.raises(ValueError, match="this model has no head"):
         headless(wave(), labels=np.array([[1]]))
+
+
+def test_labels_are_checked_before_the_pass(model: sewd_np.SEWDForCTC, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("sewd_np.model._Pass.encode", never)
+    with pytest.raises(ValueError, match="labels contain 32; they must be below vocab_size = 32"):
+        model(wave(), labels=np.array([[1, 32]]))
+
+
+def test_padded_recordings_are_counted_one_by_one(model: sewd_np.SEWDForCTC, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under "alone" one recording's maps are in memory at a time, so two need no more than one."""
+    one = inputs.require_score_memory
+    asked: list[int] = []
+    monkeypatch.setattr(inputs, "require_memory", lambda needed, what, advice: asked.append(needed))
+    one(model, 1, 16_000, False, None, together=1)
+    one(model, 2, 16_000, False, None, together=1)
+    one(model, 2, 16_000, True, None, together=1)
+    assert asked[0] == asked[1] < asked[2]
 
 
 def test_params_must_fit_the_config() -> None:
@@ -135,7 +159,8 @@ def test_too_long_a_recording_stops_before_work(model: sewd_np.SEWDForCTC, monke
     monkeypatch.setattr("sewd_np.model._Pass.encode", never)
     long = np.zeros((1, 16_000 * 20), np.float32)
     said = r"attention over 20.0 s of sound \(500 squeezed frames, batch of 1\) on backend 'numpy' needs about .* GB"
-    with pytest.raises(MemoryError, match=said + r".*0\.0 GB are free; cut the recording into shorter pieces\."):
+    advice = r"cut the recording into shorter pieces or use backend 'numba', whose memory grows with the length"
+    with pytest.raises(MemoryError, match=said + r".*0\.0 GB are free; " + advice):
         model(long)
     with pytest.raises(MemoryError, match="or ask for fewer attention maps"):
         model(long, output_attentions=True)

@@ -221,3 +221,16 @@ def test_load_says_what_it_could_not_find() -> None:
         sewd_np.transcribe(noise(900), backend="abacus")
     with pytest.raises(ValueError, match="dtype is int32"):
         sewd_np.load("an4", dtype=np.int32)
+
+
+def test_arguments_that_a_loaded_model_cannot_follow_are_refused() -> None:
+    model = sewd_np.load("an4")
+    wave = np.zeros(16_000, np.float32)
+    for options in ({"backend": "numba"}, {"backend": "nonsense"}, {"threads": 2}):
+        with pytest.raises(ValueError, match=r"already loaded on 'numpy'; give them to load\(\) instead"):
+            sewd_np.transcribe(wave, model=model, **options)
+
+
+def test_no_model_means_the_bundled_one() -> None:
+    wave = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    assert sewd_np.transcribe(wave, model=None) == sewd_np.transcribe(wave)
