@@ -148,10 +148,12 @@ def load_model(
 
 def find(source: str | Path) -> Path:
     """The folder or file that a source names; a hub id is downloaded, or taken from the hub's cache, first."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"the model is {source!r}; it must be a bundled name, a folder, a weights file or a hub id.")
     name = os.fspath(source)
     if isinstance(source, str) and re.fullmatch(r"[\w-]+", name) and (ASSETS / name / "config.json").is_file():
         return ASSETS / name
-    path = Path(name)
+    path = Path(name).expanduser()
     if name and path.is_dir():
         return path
     if path.is_file():

@@ -373,3 +373,9 @@ def test_what_the_hub_may_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
         refused("owner/name", message)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"an4", ["an4"]])
+def test_a_source_that_names_nothing(source: object) -> None:
+    with pytest.raises(TypeError, match=r"the model is .*; it must be a bundled name, a folder"):
+        read_checkpoint(source)  # type: ignore[arg-type]
