@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+PATIENCE = 3.0  # seconds before the first result's delay is explained
+_COMPILING = (
+    "still at work: on its first run backend numba compiles its kernels, up to a minute, and keeps them on disk."
+)
 _MODEL_HELP = "a bundled name, a folder, a weights file or a Hugging Face hub id"
 
 
@@ -100,6 +105,7 @@ def _transcribe(options: argparse.Namespace) -> int:
         options.files or [str(CLIP)],
         lambda path: transcribe(path, model=model),
         _transcript_json if options.output_format == "json" else _transcript_text,
+        options.backend == "numba",
     )
 
 
@@ -109,6 +115,7 @@ def _classify(options: argparse.Namespace) -> int:
         options.files,
         lambda path: classify(path, model=model, top_k=options.top_k),
         _labels_json if options.output_format == "json" else _labels_text,
+        options.backend == "numba",
     )
 
 
@@ -124,12 +131,19 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _for_each_file(files: Sequence[str], recognize: Callable[[str], Any], form: Callable[[str, Any, bool], str]) -> int:
+def _for_each_file(
+    files: Sequence[str], recognize: Callable[[str], Any], form: Callable[[str, Any, bool], str], compiles: bool
+) -> int:
     """Print each file's result as soon as it is there; a file that fails is complained of and passed over.
 
-    ``form`` gets the file, its result and whether it is one of several.
+    ``form`` gets the file, its result and whether it is one of several. ``compiles``: the first result may be long in
+    coming because kernels are compiled, and the user is told so.
     """
     code = 0
+    waiting = threading.Timer(PATIENCE, _complain, [_COMPILING]) if compiles else None
+    if waiting is not None:
+        waiting.daemon = True
+        waiting.start()
     for path in files:
         try:
             result = recognize(path)
@@ -138,6 +152,8 @@ def _for_each_file(files: Sequence[str], recognize: Callable[[str], Any], form: 
             code = 2
         else:
             print(form(path, result, len(files) > 1), flush=True)
+        if waiting is not None:
+            waiting.cancel()
     return code
 
 

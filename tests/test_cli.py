@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +262,18 @@ def test_multiply_adds_of_the_tiny_model() -> None:
     table = info.position_table_multiply_adds(config)
     assert round(2 * (work + table) / 1e9, 1) == 24.8
     assert round(2 * table / 1e9, 1) == 3.6
+
+
+def test_a_slow_first_run_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def slowly(path: str, **options: object) -> sewd_np.Transcript:
+        time.sleep(0.3)
+        return sewd_np.Transcript("GO", (), 1.0)
+
+    monkeypatch.setattr(cli, "transcribe", slowly)
+    monkeypatch.setattr(cli, "PATIENCE", 0.05)
+    assert cli.main(["transcribe", str(cli.CLIP), "--backend", "numba"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "GO\n"
+    assert said.err.count("backend numba compiles its kernels") == 1
+    assert cli.main(["transcribe", str(cli.CLIP)]) == 0
+    assert capsys.readouterr().err == ""
