@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from sewd_np.config import SAMPLING_RATE
+
 # soundfile and soxr are imported where they are used: `import sewd_np` stays quick for those who bring arrays.
 
-SAMPLING_RATE = 16_000  # samples per second: what every published SEW-D was trained on
 LOWEST_RATE = 1_000  # below it, someone has passed kilohertz, and 16 would stretch a minute to 17 hours
 HIGHEST_RATE = 1_000_000  # above any recorder; the resampler does not come back from rates like 1e300
 BLOCK = 1 << 18  # samples read at a time: a header that promises too much then costs no memory

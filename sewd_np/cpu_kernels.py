@@ -381,7 +381,8 @@ class Kernels:
     def attention_bytes(self, batch: int, heads: int, frames: int, itemsize: int, explicit: bool) -> int:
         if explicit:
             return attention.attention_bytes(batch, heads, frames, itemsize, explicit)
-        return itemsize * batch * heads * frames * 1024  # tables by key, keys and values: linear in the length
+        # A frame and head keep up to 512 numbers of P, their key and value, and a share of the blocks: below 1,024.
+        return itemsize * batch * heads * frames * 1024
 
     def content_to_position(self, q_btd: Array, pos_key_hpe: Array, index: Distances, scale: float) -> Array:
         pair_index = index_by_pair(index, pos_key_hpe.shape[1] // 2)

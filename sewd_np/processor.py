@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sewd_np.audio import AudioError, as_array, check_rate
+from sewd_np.config import SAMPLING_RATE
 from sewd_np.tokenizer import CTCTokenizer
 
 NORMALISATION_EPSILON = 1e-7  # keeps silence finite: it becomes zeros
@@ -52,7 +53,7 @@ class FeatureExtractor:
     return_attention_mask: bool = False
     padding_value: float = 0.0
     padding_side: str = "right"
-    sampling_rate: int = 16_000
+    sampling_rate: int = SAMPLING_RATE
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ from sewd_np.config import SEWDConfig
 from sewd_np.model import SEWDOutput
 from sewd_np.params import random_params
 from sewd_np.trace import Trace, compare, error_between, points, shapes
+from tests import reference
 
 Array = np.ndarray
 CLASSES: dict[str, Any] = {"model": SEWDModel, "ctc": SEWDForCTC, "classification": SEWDForSequenceClassification}
@@ -46,19 +47,7 @@ CLASSES: dict[str, Any] = {"model": SEWDModel, "ctc": SEWDForCTC, "classificatio
 FLOAT32 = 2e-4
 
 # The published ladder, 320 samples a frame, with few channels; buckets that a recording of four seconds goes beyond.
-SMALL: dict[str, Any] = {
-    "vocab_size": 11,
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 80,
-    "conv_dim": [8, 12, 12, 12, 12, 16, 16, 16, 16, 24, 24, 24, 24],
-    "position_buckets": 8,
-    "max_position_embeddings": 16,
-    "num_conv_pos_embeddings": 31,
-    "num_conv_pos_embedding_groups": 16,
-    "classifier_proj_size": 20,
-}
+SMALL: dict[str, Any] = {**reference.SMALL, "vocab_size": 11}
 OPTIONS: dict[str, dict[str, Any]] = {
     "as published": {},
     "layer norm, conv bias": {"feat_extract_norm": "layer", "conv_bias": True, "feat_extract_activation": "silu"},

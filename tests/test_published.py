@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -27,10 +28,9 @@ TOLERANCE = 1e-3  # what transformers' own integration tests allow
 def clips() -> dict[str, np.ndarray]:
     """LibriSpeech utterance id → samples, from the dataset's parquet file."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="reading the clips needs pyarrow")
-    hub = pytest.importorskip("huggingface_hub")
-    files = hub.list_repo_files(CLIPS, repo_type="dataset")
+    files = huggingface_hub.list_repo_files(CLIPS, repo_type="dataset")
     name = next(file for file in files if file.endswith(".parquet") and "clean" in file and "validation" in file)
-    table = parquet.read_table(hub.hf_hub_download(CLIPS, name, repo_type="dataset")).to_pylist()
+    table = parquet.read_table(huggingface_hub.hf_hub_download(CLIPS, name, repo_type="dataset")).to_pylist()
     found = {}
     for row in table:
         samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")

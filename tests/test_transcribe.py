@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +108,6 @@ def test_every_kind_of_recording_gives_the_same(an4: SEWDModel) -> None:
 
 
 def test_another_rate_and_stereo(an4: SEWDModel, tmp_path: Path) -> None:
-    soxr = pytest.importorskip("soxr")
     samples, rate = soundfile.read(CLIP, dtype="float32")
     faster = soxr.resample(samples, rate, 44100)
     assert sewd_np.transcribe(faster, model=an4, sampling_rate=44100).text == SPOKEN
