@@ -6,6 +6,8 @@ forward pass. (transformers takes the CTC log-softmax in float32 even for a doub
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 Array = np.ndarray
@@ -47,30 +49,99 @@ def class_labels(labels_b: Array, batch: int, classes: int) -> Array:
     return labels
 
 
+def interlaced(labels: Array, blank: int) -> tuple[Array, Array]:
+    """Symbols of the CTC lattice: labels (l,) laced with blanks, ``blank l1 blank l2 ... blank``, U = 2·l + 1 of them.
+
+    Also (U,) boolean: whether a path may come to a symbol from the one before the last, leaving out the blank between
+    them. It may where both are labels and *different*: between equal ones a blank is needed, or they would merge.
+    """
+    symbols_u = np.full(2 * len(labels) + 1, blank)
+    symbols_u[1::2] = labels
+    may_skip_u = np.zeros(len(symbols_u), bool)
+    may_skip_u[3::2] = symbols_u[3::2] != symbols_u[1:-2:2]
+    return symbols_u, may_skip_u
+
+
+def _stepped(before_u: Array, may_skip_u: Array) -> Array:
+    """Log-probabilities one frame on, nothing emitted yet: a path stays, steps on, or skips a blank."""
+    reach_u = before_u.copy()
+    reach_u[1:] = np.logaddexp(reach_u[1:], before_u[:-1])
+    reach_u[2:] = np.where(may_skip_u[2:], np.logaddexp(reach_u[2:], before_u[:-2]), reach_u[2:])
+    return reach_u
+
+
 def ctc_alphas(log_probs_sv: Array, labels: Array, blank: int) -> Array:
     """Forward lattice of CTC: α[s, u] = log-probability of all ways to stand at symbol u after frame s.
 
-    The labels are laced with blanks, ``blank l1 blank l2 ... blank`` (U = 2·len + 1 symbols). At each frame a path
-    stays, steps to the next symbol, or skips a blank between two *different* labels:
+    At each frame a path stays, steps to the next symbol, or skips a blank between two *different* labels:
 
         α[s, u] = log p[s, sym_u] + logsumexp(α[s−1, u], α[s−1, u−1], α[s−1, u−2] if sym_u may be skipped to)
 
-    log_probs (s, v), labels (l,) → (s, U), −inf where no path leads. Graves et al. 2006, section 4.1.
+    log_probs (s, v), labels (l,) → (s, U), −inf where no path leads; U = 2·l + 1 symbols as ``interlaced`` gives them.
+    Graves et al. 2006, section 4.1.
     """
-    symbols = np.full(2 * len(labels) + 1, blank)
-    symbols[1::2] = labels
-    may_skip = np.zeros(len(symbols), bool)
-    may_skip[3::2] = symbols[3::2] != symbols[1:-2:2]
-    emission_su = log_probs_sv[:, symbols]
-    alphas = np.full_like(emission_su, -np.inf)
-    alphas[0, :2] = emission_su[0, :2]
-    for s in range(1, len(alphas)):
-        before = alphas[s - 1]
-        reach = before.copy()
-        reach[1:] = np.logaddexp(reach[1:], before[:-1])
-        reach[2:] = np.where(may_skip[2:], np.logaddexp(reach[2:], before[:-2]), reach[2:])
-        alphas[s] = reach + emission_su[s]
-    return alphas
+    symbols_u, may_skip_u = interlaced(labels, blank)
+    emission_su = log_probs_sv[:, symbols_u]
+    alphas_su = np.full_like(emission_su, -np.inf)
+    alphas_su[0, :2] = emission_su[0, :2]
+    for s in range(1, len(alphas_su)):
+        alphas_su[s] = _stepped(alphas_su[s - 1], may_skip_u) + emission_su[s]
+    return alphas_su
+
+
+def ctc_betas(log_probs_sv: Array, labels: Array, blank: int) -> Array:
+    """Backward lattice of CTC: β[s, u] = log-probability of all ways to go on from symbol u after frame s to the end.
+
+    The same steps the other way round. What frame s itself emits is α's, so that α + β counts everything once:
+
+        β[s, u] = logsumexp over w = u, u+1, u+2 if sym_w may be skipped to, of (log p[s+1, sym_w] + β[s+1, w])
+
+    and β[last, u] is 0 for the last label and the blank after it, where a path may end. Shapes as for ``ctc_alphas``.
+    (The paper's β counts frame s too.) Graves et al. 2006, section 4.1.
+    """
+    symbols_u, _ = interlaced(labels, blank)
+    _, may_skip_back_u = interlaced(labels[::-1], blank)  # read from its end the lattice has the same form
+    emission_su = log_probs_sv[:, symbols_u]
+    betas_su = np.full_like(emission_su, -np.inf)
+    betas_su[-1, -2:] = 0
+    for s in range(len(betas_su) - 2, -1, -1):
+        onward_u = betas_su[s + 1] + emission_su[s + 1]
+        betas_su[s] = _stepped(onward_u[::-1], may_skip_back_u)[::-1]
+    return betas_su
+
+
+class CTCLattice(NamedTuple):
+    """What ``ctc_lattice`` returns: symbols_u (U,) token ids; alphas_su, betas_su (s, U) log-probabilities.
+
+    posterior_su (s, U): share of the probability of all paths that stands at symbol u at frame s,
+    exp(α + β − log_likelihood); each row sums to 1, or is 0 where no path exists. log_likelihood: log of the summed
+    probability of all paths that collapse to the labels; −inf where none can.
+    """
+
+    symbols_u: Array
+    alphas_su: Array
+    betas_su: Array
+    posterior_su: Array
+    log_likelihood: float
+
+
+def ctc_lattice(log_probs_sv: Array, labels: Array, blank: int) -> CTCLattice:
+    """The forward–backward lattice of CTC for one recording, to look at.
+
+    log_probs (s, v), s ≥ 1; labels (l,) token ids without blanks. At *every* frame logsumexp(α[s] + β[s]) is the same
+    number, the log-likelihood: each path passes each frame once. The gradient of the loss follows from the posterior:
+    ∂(−log_likelihood)/∂logit[s, v] = p[s, v] − Σ_u posterior[s, u] over the symbols u that are v.
+
+    Raises ``ValueError`` where there is no frame.
+    """
+    labels = np.asarray(labels)
+    if len(log_probs_sv) == 0:
+        raise ValueError("log_probs has no frames; a lattice needs at least one.")
+    alphas_su, betas_su = ctc_alphas(log_probs_sv, labels, blank), ctc_betas(log_probs_sv, labels, blank)
+    log_likelihood = float(np.logaddexp.reduce(alphas_su[-1, -2:]))
+    possible = np.isfinite(log_likelihood)
+    posterior_su = np.exp(alphas_su + betas_su - log_likelihood) if possible else np.zeros_like(alphas_su)
+    return CTCLattice(interlaced(labels, blank)[0], alphas_su, betas_su, posterior_su, log_likelihood)
 
 
 def ctc_negative_log_likelihood(log_probs_sv: Array, labels: Array, blank: int) -> float:

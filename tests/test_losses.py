@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers.loss.loss_ctc import ForCTCLoss
 
-from sewd_np.losses import cross_entropy, ctc_loss, log_softmax
+from sewd_np.losses import cross_entropy, ctc_lattice, ctc_loss, log_softmax
 from sewd_np.trace import error_between
 from tests import naive
 
@@ -186,6 +187,72 @@ def test_probabilities_of_all_label_sequences_sum_to_one() -> None:
 def test_wrong_ctc_labels_are_an_error(labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ctc_loss(np.zeros((1, 5, 7)), np.array(labels), np.array([5]), 0)
+
+
+# ------------------------------------------------------------------- the lattice
+
+
+@pytest.mark.parametrize("labels", [[], [1], [1, 2], [1, 1], [2, 1, 1], [1, 2, 1]])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_lattice_counts_every_path(frames: int, labels: list[int]) -> None:
+    """α, β and the posterior of every node against the sum over all paths through it, walked one by one."""
+    log_probs = log_softmax(np.random.default_rng(frames).standard_normal((frames, 3)))
+    lattice = ctc_lattice(log_probs, np.array(labels, np.int64), 0)
+    symbols = [0, *(token for label in labels for token in (label, 0))]
+    alphas, betas, through = np.zeros((3, frames, len(symbols)))
+    for walk in itertools.product(range(len(symbols)), repeat=frames):
+        # A walk over symbol numbers: it starts on one of the first two and never goes back or leaves a label out.
+        tokens = [symbols[u] for u in walk]
+        allowed = [
+            step in (0, 1) or (step == 2 and symbols[u] != 0 and symbols[u] != symbols[u - 2])
+            for step, u in zip(np.diff(walk), walk[1:], strict=True)
+        ]
+        emitted = np.exp(log_probs[np.arange(frames), tokens])
+        for s in range(frames):
+            if walk[0] <= 1 and all(allowed[:s]) and len(set(walk[s:])) == 1:  # each beginning once
+                alphas[s, walk[s]] += emitted[: s + 1].prod()
+            if len(set(walk[: s + 1])) == 1 and all(allowed[s:]) and walk[-1] >= len(symbols) - 2:  # each ending once
+                betas[s, walk[s]] += emitted[s + 1 :].prod()
+        if walk[0] <= 1 and all(allowed) and walk[-1] >= len(symbols) - 2:
+            through[np.arange(frames), list(walk)] += emitted.prod()
+    np.testing.assert_allclose(np.exp(lattice.alphas_su), alphas, rtol=1e-10, atol=1e-300)
+    np.testing.assert_allclose(np.exp(lattice.betas_su), betas, rtol=1e-10, atol=1e-300)
+    total = naive.ctc_probability_by_paths(log_probs, labels, 0)
+    assert math.exp(lattice.log_likelihood) == pytest.approx(total, rel=1e-10)
+    np.testing.assert_allclose(lattice.posterior_su * total, through, rtol=1e-10, atol=1e-14)
+    np.testing.assert_array_equal(lattice.symbols_u, symbols)
+
+
+def test_lattice_has_the_loss_at_every_frame() -> None:
+    logits, labels, _ = batch(frames=30)
+    loss = ctc_loss(logits, labels, np.full(4, 30), 0, "none")
+    assert isinstance(loss, np.ndarray)
+    for b, row in enumerate([[1, 2, 2, 3], [5, 5, 5], [], [4, 6]]):
+        lattice = ctc_lattice(log_softmax(logits[b]), np.array(row, np.int64), 0)
+        frame_s = np.logaddexp.reduce(lattice.alphas_su + lattice.betas_su, axis=1)
+        np.testing.assert_allclose(-frame_s, loss[b], rtol=1e-12)
+        np.testing.assert_allclose(lattice.posterior_su.sum(axis=1), 1, rtol=1e-11)
+
+
+def test_lattice_gives_the_gradient_of_the_loss() -> None:
+    logits, labels = torch.from_numpy(batch()[0][:1]).requires_grad_(), [1, 2, 2, 3]
+    log_probs = functional.log_softmax(logits, -1).transpose(0, 1)
+    loss = functional.ctc_loss(log_probs, torch.tensor([labels]), torch.tensor([12]), torch.tensor([4]), 0, "sum")
+    (want,) = torch.autograd.grad(loss, logits)
+    log_probs_sv = log_softmax(batch()[0][0])
+    lattice = ctc_lattice(log_probs_sv, np.array(labels), 0)
+    gradient_sv = np.exp(log_probs_sv)
+    for u, token in enumerate(lattice.symbols_u):
+        gradient_sv[:, token] -= lattice.posterior_su[:, u]
+    assert error(gradient_sv, want[0].numpy()) <= 1e-10
+
+
+def test_lattice_of_labels_that_do_not_fit_has_no_path() -> None:
+    lattice = ctc_lattice(log_softmax(np.zeros((2, 3))), np.array([1, 1]), 0)
+    assert lattice.log_likelihood == -math.inf
+    assert not lattice.posterior_su.any()
+    with pytest.raises(ValueError, match="no frames"):
+        ctc_lattice(np.zeros((0, 3)), np.array([1]), 0)
 
 
 # ------------------------------------------------------------------- cross-entropy
