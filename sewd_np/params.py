@@ -209,9 +209,7 @@ class Weights(NamedTuple):
 def prepare(params: Params, config: SEWDConfig) -> Weights:
     """``Weights`` for the NumPy operations, in the dtype of ``params``."""
     table = params.get("encoder.encoder.rel_embeddings.weight")
-    normed = table
-    if table is not None and config.normalizes_positions:
-        normed = layer_norm(table, *_norm(params, "encoder.encoder.LayerNorm"), config.layer_norm_eps)
+    normed = None if table is None else normalize_positions(params, config, table)
     first_norm_only = config.feat_extract_norm == "group"
     conv_layers = tuple(
         _conv(
@@ -278,26 +276,43 @@ def _positional_conv(params: Params, config: SEWDConfig) -> Conv:
 def _layer(params: Params, config: SEWDConfig, i: int, table_pd: np.ndarray | None) -> Layer:
     name = f"encoder.encoder.layer.{i}"
     return Layer(
-        attention=_attention(params, config, f"{name}.attention", table_pd),
+        attention=_attention(params, config, i, table_pd),
         intermediate=_linear(params, f"{name}.intermediate.dense"),
         output=_linear(params, f"{name}.output.dense"),
         norm=_norm(params, f"{name}.output.LayerNorm"),
     )
 
 
-def _attention(params: Params, config: SEWDConfig, name: str, table_pd: np.ndarray | None) -> Attention:
-    q, k, v = (_linear(params, f"{name}.self.{part}_proj") for part in ("query", "key", "value"))
+def normalize_positions(params: Params, config: SEWDConfig, table_pd: np.ndarray) -> np.ndarray:
+    """The relative-position table (p, d) as the layers read it: through its layer norm, where it has one."""
+    if not config.normalizes_positions:
+        return table_pd
+    return layer_norm(table_pd, *_norm(params, "encoder.encoder.LayerNorm"), config.layer_norm_eps)
 
-    def projected(projection: Linear) -> np.ndarray:
+
+def project_positions(
+    params: Params, config: SEWDConfig, i: int, table_pd: np.ndarray | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Layer i's position keys and queries, each (h, p, e), from the normalised table; None where a term is absent."""
+    name = f"encoder.encoder.layer.{i}.attention.self"
+
+    def projected(own: str, shared: str) -> np.ndarray:
         assert table_pd is not None
-        rows = linear(table_pd, *projection)  # (p, d)
+        # share_att_key: the content projections, bias included, project the table too.
+        rows = linear(table_pd, *_linear(params, f"{name}.{shared if config.share_att_key else own}"))  # (p, d)
         return np.ascontiguousarray(rows.reshape(len(rows), config.num_attention_heads, -1).transpose(1, 0, 2))
 
-    # share_att_key: the content projections, bias included, project the table too. c2p asks with the content's query,
-    # so the table answers as a key; p2c the other way round.
-    own = not config.share_att_key
-    pos_key = projected(_linear(params, f"{name}.self.pos_key_proj") if own else k) if config.uses_c2p else None
-    pos_query = projected(_linear(params, f"{name}.self.pos_query_proj") if own else q) if config.uses_p2c else None
+    # c2p asks with the content's query, so the table answers as a key; p2c the other way round.
+    return (
+        projected("pos_key_proj", "key_proj") if config.uses_c2p else None,
+        projected("pos_query_proj", "query_proj") if config.uses_p2c else None,
+    )
+
+
+def _attention(params: Params, config: SEWDConfig, i: int, table_pd: np.ndarray | None) -> Attention:
+    name = f"encoder.encoder.layer.{i}.attention"
+    q, k, v = (_linear(params, f"{name}.self.{part}_proj") for part in ("query", "key", "value"))
+    pos_key, pos_query = project_positions(params, config, i, table_pd)
     return Attention(
         qkv=Linear(np.concatenate([q.weight, k.weight, v.weight], axis=1), np.concatenate([q.bias, k.bias, v.bias])),
         pos_key=pos_key,

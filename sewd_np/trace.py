@@ -7,15 +7,20 @@ in the dimension key. A ``Trace`` picks some of them by pattern and keeps their 
     model(wave, trace=trace)
     trace["encoder.encoder.layer.3.attention.self.probs"]      # (b, h, i, j)
 
+An *edit* changes values of the same table as they pass, and all that comes after follows from the changed value:
+
+    model(wave, edit={"*.layer.3.attention.self.c2p": np.zeros_like})
+
 The parity report reads this table and nothing else. Inside the model a point is written ``x = point(name, x)``. Where
 the reference has no module for a value, the point is named after the module that takes it, as ``.input``.
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,6 +128,26 @@ def shapes(config: Any, head: str, batch: int, samples: int) -> dict[str, tuple[
     return {name: tuple(sizes[key] for key in dims.split()) for name, dims in points(config, head).items()}
 
 
+def matching(pattern: str, declared: Iterable[str], what: str) -> list[str]:
+    """The declared names that a shell pattern matches. Raises ``ValueError``, with names like it, if none does."""
+    declared = list(declared)
+    names = fnmatch.filter(declared, pattern)
+    if not names:
+        last = pattern.rsplit(".", 1)[-1].strip("*")
+        near = [name for name in declared if last and last in name][:3]
+        near = near or difflib.get_close_matches(pattern, declared, 3) or declared[:3]
+        raise ValueError(
+            f"{what} {pattern!r} matches no point of this model; "
+            f"names look like {', '.join(near)} (sewd_np.trace.points lists all)."
+        )
+    return names
+
+
+def any_inside(asked: Iterable[str], *names: str) -> bool:
+    """Whether a point that is asked for has one of these names, or begins with one that ends in a dot."""
+    return any(point.startswith(name) if name.endswith(".") else point == name for name in names for point in asked)
+
+
 class Trace:
     """Values of the trace points whose names match one of ``patterns`` (shell style: ``*`` matches dots too).
 
@@ -148,23 +173,8 @@ class Trace:
         """
         self.values = {}
         self.dims = {}
-        for pattern in self.patterns:
-            matching = fnmatch.filter(declared, pattern)
-            if not matching:
-                last = pattern.rsplit(".", 1)[-1].strip("*")
-                near = [name for name in declared if last and last in name][:3] or list(declared)[:3]
-                raise ValueError(
-                    f"trace pattern {pattern!r} matches no point of this model; "
-                    f"names look like {', '.join(near)} (sewd_np.trace.points lists all)."
-                )
-            self.dims.update({name: declared[name] for name in matching})
-        self.dims = {name: dims for name, dims in declared.items() if name in self.dims}
-
-    def wants(self, *names: str) -> bool:
-        """Whether a point with one of these names, or inside one that ends in a dot, will be recorded."""
-        return any(
-            point.startswith(name) if name.endswith(".") else point == name for name in names for point in self.dims
-        )
+        chosen = {name for pattern in self.patterns for name in matching(pattern, declared, "trace pattern")}
+        self.dims = {name: dims for name, dims in declared.items() if name in chosen}
 
     def record(self, name: str, value: Array) -> None:
         """Keep a copy of ``value``; a point fires once a call."""
@@ -187,6 +197,56 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace({', '.join(map(repr, self.patterns))}): {len(self.values)} points"
+
+
+# ------------------------------------------------------------------- changing a value
+
+Change = Callable[[Array], Array]
+Edit = Mapping[str, Change]  # from names or shell patterns to functions
+
+
+def resolve_edit(edit: Edit | None, declared: Iterable[str]) -> dict[str, list[Change]]:
+    """Each point that an edit changes, with its functions in the order of the edit.
+
+    Raises ``TypeError`` for anything but a mapping from strings to functions, ``ValueError`` for a pattern that matches
+    no point.
+    """
+    changes: dict[str, list[Change]] = {}
+    if edit is None:
+        return changes
+    if not isinstance(edit, Mapping):
+        raise TypeError(
+            f"edit is {edit!r}; it must be a dictionary from names of points to functions, "
+            "such as {'*.attention.self.c2p': np.zeros_like}."
+        )
+    for pattern, change in edit.items():
+        if not isinstance(pattern, str) or not callable(change):
+            raise TypeError(
+                f"edit has {pattern!r}: {change!r}; it must be the name of a point (a string) and a function that "
+                "takes the point's array and returns another."
+            )
+        for name in matching(pattern, declared, "edit of"):
+            changes.setdefault(name, []).append(change)
+    return changes
+
+
+def changed(name: str, changes: list[Change], value: Array) -> Array:
+    """``value`` after every change, in its dtype. A function gets a copy, which it may write to.
+
+    Raises ``TypeError`` where a function returns no array of numbers, ``ValueError`` where it returns another shape.
+    """
+    for change in changes:
+        new = change(np.array(value))
+        wanted = f"it must return an array of numbers of shape {value.shape}, the shape of what it was given."
+        if not isinstance(new, np.ndarray | np.generic):
+            raise TypeError(f"the edit of {name} returned {type(new).__name__}; {wanted}")
+        if new.dtype.kind not in "biuf":
+            raise TypeError(f"the edit of {name} returned an array of dtype {new.dtype}; {wanted}")
+        if new.shape != value.shape:
+            raise ValueError(f"the edit of {name} returned an array of shape {new.shape}; {wanted}")
+        # A copy: the function may keep what it returned.
+        value = np.array(new, value.dtype, order="C")
+    return value
 
 
 # ----------------------------------------------------------------- comparing two runs
