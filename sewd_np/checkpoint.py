@@ -4,6 +4,9 @@ A source is, in this order, the name of a bundled model ("an4"), a folder, one w
 ("asapp/sew-d-tiny-100k-ft-ls100h"). A folder holds ``config.json`` and, in order of preference, ``model.safetensors``,
 a sharded ``model.safetensors.index.json``, ``pytorch_model.bin`` or its sharded index. A fairseq ``.pt`` brings its own
 configuration. Nothing is guessed: what does not fit is an error that says what was found and what to do.
+
+One field of ``config.json`` is this package's own: ``shared_encoder`` names a source whose encoder the folder's few
+tensors belong to. The bundled classifier is such a head on the bundled recogniser; written out, it is whole again.
 """
 
 from __future__ import annotations
@@ -108,14 +111,27 @@ def read_checkpoint(source: str | Path, head: str | None = None) -> Checkpoint:
     if not config_path.is_file():
         raise CheckpointError(f"{folder}: no config.json there; a SEW-D checkpoint needs one beside its weights.")
     values = read_json(config_path)
+    shared = values.pop("shared_encoder", None)
     config = _config(values, config_path)
     tensors = read_shards(weights) if weights.name.endswith(".index.json") else read_weights(weights)
     params = canonical(tensors, weights)
+    if shared is not None:
+        params = {**_encoder_of(shared, config_path), **params}
     head = head or _own_head(config, params)
     fitting, ignored = fitted(params, config, head, weights, values)
     vocab = _vocabulary(folder, config.vocab_size) if head == "ctc" else None
     names = tuple(ignored)
     return Checkpoint(config, fitting, head, _preprocessor(folder), _tokenizer(folder), vocab, folder, names)
+
+
+def _encoder_of(source: Any, config_path: Path) -> dict[str, np.ndarray]:
+    """The encoder's tensors of the checkpoint that a ``shared_encoder`` names; what does not fit is refused later."""
+    if not isinstance(source, str):
+        raise CheckpointError(f"{config_path}: shared_encoder is {source!r}; it must be the name of a model.")
+    folder = find(source)
+    if folder.is_dir() and "shared_encoder" in read_json(folder / "config.json"):
+        raise CheckpointError(f"{config_path}: shared_encoder is {source!r}, which shares an encoder itself.")
+    return read_checkpoint(source, "model").params
 
 
 def load_model(
