@@ -15,21 +15,35 @@ import torch
 import transformers
 
 import sewd_np
-from sewd_np.backend import get_operations
+from sewd_np.backend import Operations, get_operations
 from sewd_np.config import SEWDConfig
 
 CONV_A = [64] + [128] * 4 + [256] * 4 + [512] * 4
+CONV_B = [96] + [192] * 4 + [384] * 4 + [768] * 4
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
     "small": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8},
     "mid": {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8},
+    "mid-k127": {
+        "hidden_size": 512,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_conv_pos_embeddings": 127,
+    },
+    "base": {"hidden_size": 768, "num_hidden_layers": 24, "num_attention_heads": 12},
+    "base-plus": {
+        "hidden_size": 768,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "conv_dim": CONV_B,
+    },
 }
 
 
 def options(shape: str) -> dict[str, Any]:
     """config.json fields of a published shape."""
     own = SHAPES[shape]
-    return {**own, "intermediate_size": 4 * own["hidden_size"], "conv_dim": CONV_A, "num_conv_pos_embeddings": 31}
+    return {"intermediate_size": 4 * own["hidden_size"], "conv_dim": CONV_A, "num_conv_pos_embeddings": 31, **own}
 
 
 def transformers_model(shape: str, seed: int = 0) -> torch.nn.Module:
@@ -40,12 +54,17 @@ def transformers_model(shape: str, seed: int = 0) -> torch.nn.Module:
 
 def our_model(reference: torch.nn.Module, backend: str, threads: int | None = None) -> sewd_np.SEWDForCTC:
     """This package's model with the reference's weights."""
+    return our_model_on(reference, get_operations(backend, np.float32, threads))
+
+
+def our_model_on(reference: torch.nn.Module, ops: Operations) -> sewd_np.SEWDForCTC:
+    """The same over a given table of operations."""
     params = {}
     for name, value in reference.state_dict().items():
         name = name.removeprefix("sew_d.").replace("conv.parametrizations.weight.original0", "conv.weight_g")
         params[name.replace("conv.parametrizations.weight.original1", "conv.weight_v")] = value.numpy()
     config = SEWDConfig.from_dict(reference.config.to_dict())
-    return sewd_np.SEWDForCTC(config, params, get_operations(backend, np.float32, threads))
+    return sewd_np.SEWDForCTC(config, params, ops)
 
 
 def onnx_session(reference: torch.nn.Module, samples: int, threads: int) -> Any:

@@ -10,7 +10,8 @@ lies inside; ``model.py`` picks them only when somebody asks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ class Operations:
     prepare: Callable[..., params.Weights]
     from_numpy: Callable[..., Any]
     to_numpy: Callable[..., np.ndarray]
+    run: Callable[..., Any]
+    # Bytes free where the operations keep their arrays; None where that is main memory, with everything else.
+    own_memory: Callable[[], float] | None
+    describe: Callable[[], dict[str, str]]  # what the backend runs on here, in words
 
     feature_encoder: Callable[..., Any]
     layer_norm: Callable[..., Any]
@@ -65,12 +70,24 @@ class Operations:
     unsqueeze: Callable[..., Any]
 
 
+def run(forward: Callable[[Any], Any], wave_bn: np.ndarray, weights: params.Weights, repeatable: bool) -> Any:
+    """``forward(wave_bn)``, one whole pass.
+
+    ``repeatable`` says that nothing looks inside and that what is done depends on the prepared ``weights`` and the
+    shape of ``wave_bn`` alone: a GPU may then record the pass and replay it with other samples. Here it is just called.
+    """
+    return forward(wave_bn)
+
+
 NUMPY = Operations(
     name="numpy",
     one_by_one=True,
     prepare=params.prepare,
     from_numpy=np.asarray,
     to_numpy=np.asarray,
+    run=run,
+    own_memory=None,
+    describe=lambda: {"arrays": f"NumPy {np.__version__}, on the processor"},
     feature_encoder=layers.feature_encoder,
     layer_norm=layers.layer_norm,
     linear=layers.linear,
@@ -105,17 +122,18 @@ NUMPY = Operations(
     unsqueeze=layers.unsqueeze,
 )
 
-BACKENDS = ("numpy", "numba")
+BACKENDS = ("numpy", "numba", "cuda")
 
 
 def get_operations(backend: str, dtype: Any = np.float32, threads: int | None = None) -> Operations:
     """The operations of a backend, by name. ``threads`` is the number of CPU threads of "numba", all by default.
 
-    Raises ``ValueError`` for an unknown name, or a dtype or number of threads that the backend does not take.
+    Raises ``ValueError`` for an unknown name, a dtype or number of threads that the backend does not take, and for
+    "cuda" where the extra is not installed or no GPU can be used.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
-    takes = ("float32",) if backend == "numba" else ("float32", "float64")
+    takes = ("float32", "float64") if backend == "numpy" else ("float32",)
     try:
         name = np.dtype(dtype).name
     except TypeError:
@@ -124,13 +142,13 @@ def get_operations(backend: str, dtype: Any = np.float32, threads: int | None = 
         raise ValueError(f"dtype is {name}; backend {backend!r} computes in {' or '.join(takes)}.")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1.")
-    if backend == "numpy":
-        if threads is not None:
-            raise ValueError(
-                "threads is given for backend 'numpy', which has no say in it; leave it out, or choose 'numba'."
-            )
-        return NUMPY
-    return _numba(threads)
+    if threads is not None and backend != "numba":
+        raise ValueError(
+            f"threads is given for backend {backend!r}, which has no say in it; leave it out, or choose 'numba'."
+        )
+    if backend == "cuda":
+        return _cuda()
+    return NUMPY if backend == "numpy" else _numba(threads)
 
 
 def _numba(threads: int | None) -> Operations:
@@ -141,6 +159,7 @@ def _numba(threads: int | None) -> Operations:
     return replace(
         NUMPY,
         name="numba",
+        describe=lambda: {"kernels": f"Numba, on {kernels.threads} threads of the processor"},
         prepare=kernels.prepare,
         feature_encoder=kernels.feature_encoder,
         layer_norm=kernels.layer_norm,
@@ -156,3 +175,21 @@ def _numba(threads: int | None) -> Operations:
         content_to_position=kernels.content_to_position,
         position_to_content=kernels.position_to_content,
     )
+
+
+def _cuda() -> Operations:
+    """The operations of the first GPU: a ``Device`` has a method for every one of them, the explicit forms too."""
+    if find_spec("numba_cuda") is None:
+        raise ValueError(
+            "backend is 'cuda', but its packages are not installed; install them with pip install 'sewd-np[cuda]', "
+            "or choose 'numba' or 'numpy' to run on the processor."
+        )
+    from sewd_np.cuda_launch import open_device
+
+    return device_operations(open_device())
+
+
+def device_operations(device: Any) -> Operations:
+    """The table of a ``cuda_launch.Device``."""
+    names = [field.name for field in fields(Operations) if field.name not in ("name", "one_by_one")]
+    return Operations(name="cuda", one_by_one=False, **{name: getattr(device, name) for name in names})

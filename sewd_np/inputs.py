@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from sewd_np.config import SAMPLING_RATE, SEWDConfig
 from sewd_np.losses import class_labels, ctc_labels
 from sewd_np.memory import require_memory
 from sewd_np.params import expected_shapes
-from sewd_np.trace import Trace
+from sewd_np.trace import Trace, any_inside
 
 if TYPE_CHECKING:
     from sewd_np.model import SEWDModel
@@ -81,29 +82,43 @@ def checked_time_mask(model: SEWDModel, indices: Any, batch: int, samples: int) 
 
 
 def require_score_memory(
-    model: SEWDModel, batch: int, samples: int, output_attentions: bool, trace: Trace | None, together: int
+    model: SEWDModel,
+    batch: int,
+    samples: int,
+    output_attentions: bool,
+    trace: Trace | None,
+    edited: Collection[str],
+    together: int,
 ) -> None:
     """Raise ``MemoryError`` before the work starts if the (t, t) score matrices cannot fit.
 
     ``together`` recordings of ``batch`` are computed at a time; maps that the caller asked for are kept for all.
+    ``edited`` are the points that the caller changes.
     """
     config, ops, itemsize = model.config, model.ops, model.dtype.itemsize
     t = config.squeezed(config.frames(samples))
     maps = [] if trace is None else [name for name, dims in trace.dims.items() if dims == "b h i j"]
     kept = len(maps) + output_attentions * config.num_hidden_layers
-    needed = ops.attention_bytes(together, config.num_attention_heads, t, itemsize, kept > 0)
-    needed += kept * batch * config.num_attention_heads * t * t * itemsize
+    asked = [*edited, *(() if trace is None else trace.dims)]
+    tables = ("encoder.encoder.rel_embeddings", "encoder.encoder.LayerNorm")  # traced at no cost, but not edited
+    inside = [f"encoder.encoder.layer.{i}.attention.self." for i in range(config.num_hidden_layers)]
+    explicit = output_attentions or any_inside(asked, *inside) or any_inside(edited, *tables)
+    needed = ops.attention_bytes(together, config.num_attention_heads, t, itemsize, explicit)
+    kept_bytes = kept * batch * config.num_attention_heads * t * t * itemsize
     advice = "cut the recording into shorter pieces"
-    if kept:
-        advice += " or ask for fewer attention maps"
+    if explicit:
+        advice += " or ask for fewer attention maps" if kept else " or leave out what looks inside the attention"
     elif ops.name == "numpy":
         advice += " or use backend 'numba', whose memory grows with the length and not with its square"
-    require_memory(
-        needed,
+    what = (
         f"attention over {samples / SAMPLING_RATE:.1f} s of sound ({t} squeezed frames, batch of {batch}) "
-        f"on backend {ops.name!r}",
-        advice,
+        f"on backend {ops.name!r}"
     )
+    if ops.own_memory is not None:  # a GPU's, where the work happens; what the caller keeps lies in main memory
+        if needed > 0:  # asking a GPU takes as long as some kernels
+            require_memory(needed, what, advice, free=ops.own_memory())
+        needed = 0
+    require_memory(needed + kept_bytes, what, advice)
 
 
 def check_labels(model: SEWDModel, labels: Any, input_values: Any) -> None:

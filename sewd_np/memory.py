@@ -26,9 +26,10 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path(
         return free
 
 
-def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise ``MemoryError`` in one sentence if ``needed`` bytes are more than are free."""
-    free = available_memory()
+def require_memory(needed: int, what: str, advice: str, free: float | None = None) -> None:
+    """Raise ``MemoryError`` in one sentence if ``needed`` bytes are more than are ``free`` (default: main memory)."""
+    if free is None:
+        free = available_memory()
     if free is not None and needed > free:
         raise MemoryError(
             f"{what} needs about {needed / 1e9:.1f} GB at once, but {free / 1e9:.1f} GB are free; {advice}."

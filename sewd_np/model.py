@@ -6,8 +6,9 @@ the same lines run on every backend. Read ``_Pass`` from top to bottom for the w
     wave_bn -> feature_encoder -> features_bsc -> project -> squeeze -> hidden_btd
     hidden_btd -> L x transformer_layer -> upsample -> hidden_bsd -> head
 
-Every intermediate passes ``point(name, x)``, which a trace may look at (names: ``trace.points``). Where a point lies
-inside a fused operation, the explicit form runs instead; each such choice is one visible ``if self.inside(...)``.
+Every intermediate passes ``point(name, x)``, where a trace may look at it and an edit may change it (names:
+``trace.points``). Where a point lies inside a fused operation, the explicit form runs instead; each such choice is one
+visible ``if self.inside(...)``.
 
 Paper: Wu et al., "Performance-Efficiency Trade-offs in Unsupervised Pre-training for Speech Recognition",
 arXiv 2109.06870. Reference: transformers 5.23, ``modeling_sew_d.py``.
@@ -32,8 +33,8 @@ from sewd_np.inputs import (
     checked_trace,
     require_score_memory,
 )
-from sewd_np.params import Attention, Layer, Weights
-from sewd_np.trace import Trace, points, shapes
+from sewd_np.params import Attention, Layer, Weights, normalize_positions, project_positions
+from sewd_np.trace import Change, Edit, Trace, any_inside, changed, points, resolve_edit, shapes
 
 if TYPE_CHECKING:
     from sewd_np.backend import Operations
@@ -66,12 +67,20 @@ class _Pass:
     """One forward pass of one batch: the model's parts as methods, in the order in which they run."""
 
     def __init__(
-        self, model: SEWDModel, lengths_b: Array | None, padding: Padding, trace: Trace | None, keep_attentions: bool
+        self,
+        model: SEWDModel,
+        lengths_b: Array | None,
+        padding: Padding,
+        trace: Trace | None,
+        edits: Mapping[str, list[Change]],
+        keep_attentions: bool,
     ) -> None:
         self.config: SEWDConfig = model.config
+        self.params: Mapping[str, Array] = model.params
         self.weights: Weights = model.weights
         self.ops: Operations = model.ops
-        self.trace = trace
+        self.trace, self.edits = trace, edits
+        self.asked = {*edits, *(() if trace is None else trace.dims)}
         self.attentions: list[Array] | None = [] if keep_attentions else None
         self.hidden_states: list[Array] = []
         self.keep_hidden_states = False
@@ -90,16 +99,26 @@ class _Pass:
             self.squeezed_b = (self.frames_b + up) // factor
 
     def point(self, name: str, x: Any) -> Any:
-        """Let the trace see ``x``, and give it back."""
+        """What the model goes on with: ``x``, or what an edit makes of it. The trace sees that."""
+        if name in self.edits:
+            x = self.ops.from_numpy(changed(name, self.edits[name], self.ops.to_numpy(x)))
         if self.trace is not None and name in self.trace.dims:
             self.trace.record(name, self.ops.to_numpy(x))
         return x
 
     def inside(self, *names: str) -> bool:
-        """Whether a point that only the explicit form of an operation has is asked for."""
-        return self.trace is not None and self.trace.wants(*names)
+        """Whether a point that only the explicit form of an operation has is asked for, by a trace or an edit."""
+        return any_inside(self.asked, *names)
 
-    def encode(self, wave_bn: Array, mask_time_indices: Array | None) -> Any:
+    def whole(self, wave_bn: Any, mask_time_indices: Array | None, head: str) -> tuple[Any, Any]:
+        """Everything: (b, n) samples → (b, s, d), and the logits of the head or None."""
+        self.hidden_states.clear()
+        hidden = self.encode(wave_bn, mask_time_indices)
+        if head == "ctc":
+            return hidden, self.ctc_head(hidden)
+        return hidden, self.classification_head(hidden) if head == "classification" else None
+
+    def encode(self, wave_bn: Any, mask_time_indices: Array | None) -> Any:
         """The whole model below the heads: (b, n) samples → (b, s, d)."""
         config, ops, w = self.config, self.ops, self.weights
         x = self.feature_encoder(ops.from_numpy(wave_bn))
@@ -127,7 +146,7 @@ class _Pass:
             return ops.feature_encoder(
                 wave_bn, w.feature_encoder, config.conv_stride, norm, CONV_NORM_EPS, activation, lengths_b
             )
-        x = wave_bn[:, :, None]
+        x = wave_bn.reshape(*wave_bn.shape, 1)
         for i, (layer, stride) in enumerate(zip(w.conv_layers, config.conv_stride, strict=True)):
             name = f"feature_extractor.conv_layers.{i}"
             x = self.point(f"{name}.conv", ops.conv1d(x, layer.weight, layer.bias, stride))
@@ -151,23 +170,40 @@ class _Pass:
     def transformer(self, x: Any) -> Any:
         """L layers of disentangled attention and feed-forward: (b, t, d) → (b, t, d)."""
         config, ops, w = self.config, self.ops, self.weights
-        if w.rel_embeddings is not None:
-            self.point("encoder.encoder.rel_embeddings", w.rel_embeddings)
-            if config.normalizes_positions:
-                self.point("encoder.encoder.LayerNorm", w.rel_embeddings_normed)
+        layers = self.layers_with_positions()
         index = None
         if config.uses_c2p or config.uses_p2c:
             index = ops.relative_index(
                 x.shape[1], config.position_buckets, config.max_relative_distance, config.position_span
             )
         self.keep_hidden_state(x)
-        for i, layer in enumerate(w.layers):
+        for i, layer in enumerate(layers):
             before = x
             x = self.transformer_layer(f"encoder.encoder.layer.{i}", x, layer, index)
             self.keep_hidden_state(x)
             if i == 0 and w.conv is not None:
                 x = self.conv_beside_first_layer(before, x)
         return x
+
+    def layers_with_positions(self) -> tuple[Layer, ...]:
+        """The layers' weights. Their position tables were projected on load; an edited table is projected anew."""
+        w, config, params, table_name = self.weights, self.config, self.params, "encoder.encoder.rel_embeddings"
+        if w.rel_embeddings is None:
+            return w.layers
+        table, normed = self.point(table_name, w.rel_embeddings), w.rel_embeddings_normed
+        if table_name in self.edits:
+            normed = normalize_positions(params, config, self.ops.to_numpy(table))
+        if config.normalizes_positions:
+            normed = self.point("encoder.encoder.LayerNorm", normed)
+        if not any_inside(self.edits, table_name, "encoder.encoder.LayerNorm"):
+            return w.layers
+        layers = []
+        for i, layer in enumerate(w.layers):
+            tables = project_positions(params, config, i, self.ops.to_numpy(normed))
+            key, query = (None if table is None else self.ops.from_numpy(table) for table in tables)
+            attention = layer.attention._replace(pos_key=key, pos_query=query, positions=None)
+            layers.append(layer._replace(attention=attention))
+        return tuple(layers)
 
     def keep_hidden_state(self, x: Any) -> None:
         if self.keep_hidden_states:
@@ -195,7 +231,7 @@ class _Pass:
         config, ops, point = self.config, self.ops, self.point
         heads, scale, masking = config.num_attention_heads, config.score_scale, (self.squeezed_b, self.mask_queries)
         qkv = ops.linear(x, *w.qkv)
-        if self.attentions is None and not self.inside(f"{name}."):
+        if self.attentions is None and w.positions is not None and not self.inside(f"{name}."):
             attended = ops.disentangled_attention(qkv, heads, w.positions, index, scale, *masking)
             return point(name, attended)
         q, k, v = ops.split_qkv(qkv)
@@ -268,26 +304,27 @@ def _forward(
     output_attentions: bool,
     mask_time_indices: Array | None,
     trace: Trace | None,
+    edit: Edit | None,
     padding: Padding,
 ) -> SEWDOutput:
     """Check the input, run a ``_Pass`` (or one for each recording), return NumPy arrays."""
     wave_bn, lengths_b = checked_input(model, input_values, attention_mask, padding)
     mask_bs = checked_time_mask(model, mask_time_indices, *wave_bn.shape)
     checked_trace(trace)
+    declared = points(model.config, model.head)
+    edits = resolve_edit(edit, declared)
     if trace is not None:
-        trace.start(points(model.config, model.head))
-    apart = lengths_b is not None and padding == "alone" and model.ops.one_by_one
+        trace.start(declared)
+    # An edit could bring padding to life, so under "alone" it meets every recording by itself on every backend.
+    apart = lengths_b is not None and padding == "alone" and (model.ops.one_by_one or bool(edits))
     batch, samples = wave_bn.shape
-    require_score_memory(model, batch, samples, output_attentions, trace, together=1 if apart else batch)
+    require_score_memory(model, batch, samples, output_attentions, trace, edits, together=1 if apart else batch)
     if apart and lengths_b is not None:
-        return _each_alone(model, wave_bn, lengths_b, output_hidden_states, output_attentions, mask_bs, trace)
-    run = _Pass(model, lengths_b, padding, trace, output_attentions)
+        return _each_alone(model, wave_bn, lengths_b, output_hidden_states, output_attentions, mask_bs, trace, edit)
+    run = _Pass(model, lengths_b, padding, trace, edits, output_attentions)
     run.keep_hidden_states = output_hidden_states or model.weights.layer_weights is not None
-    hidden, logits = run.encode(wave_bn, mask_bs), None
-    if model.head == "ctc":
-        logits = run.ctc_head(hidden)
-    elif model.head == "classification":
-        logits = run.classification_head(hidden)
+    repeatable = lengths_b is None and mask_bs is None and not (run.asked or output_hidden_states or output_attentions)
+    hidden, logits = model.ops.run(lambda x: run.whole(x, mask_bs, model.head), wave_bn, model.weights, repeatable)
     to_numpy = model.ops.to_numpy
     return SEWDOutput(
         last_hidden_state=to_numpy(hidden),
@@ -305,6 +342,7 @@ def _each_alone(
     output_attentions: bool,
     mask_bs: Array | None,
     trace: Trace | None,
+    edit: Edit | None,
 ) -> SEWDOutput:
     """Run every recording by itself and stack what comes out; what lies after a recording's end is 0 here."""
     outputs, traces = [], []
@@ -313,7 +351,7 @@ def _each_alone(
         mask = None if mask_bs is None else mask_bs[b : b + 1, : model.config.frames(int(length))]
         wave = wave_bn[b : b + 1, :length]
         outputs.append(
-            _forward(model, wave, None, output_hidden_states, output_attentions, mask, own_trace, "transformers")
+            _forward(model, wave, None, output_hidden_states, output_attentions, mask, own_trace, edit, "transformers")
         )
         traces.append(own_trace)
     batch, samples = wave_bn.shape
@@ -381,6 +419,7 @@ class SEWDModel:
         mask_time_indices: Array | None = None,
         trace: Trace | None = None,
         padding: Padding = "transformers",
+        edit: Edit | None = None,
     ) -> SEWDOutput:
         """Run the model. input_values (b, n) at 16 kHz, as ``model.processor`` returns them.
 
@@ -390,9 +429,17 @@ class SEWDModel:
         recording came by itself. labels (b, l) of token ids, filled up with -100, ask a CTC model for its loss, labels
         (b,) a classifier. mask_time_indices (b, s) marks frames that SpecAugment's vector replaces.
 
+        ``edit`` changes intermediates: a dictionary from points of ``trace.points`` (shell patterns as in a ``Trace``)
+        to functions that take the point's array (a copy) and return one of its shape, with which the model goes on.
+        Where several patterns match a point, their functions follow one another in the order of the dictionary. A trace
+        and the outputs show the changed values. The relative-position table reaches the layers projected on load; an
+        edit of ``rel_embeddings`` or its ``LayerNorm`` projects it anew. With a mask and "alone" a function is called
+        for each recording by itself. ``sewd_np.ablate`` makes such dictionaries.
+
         Raises ``ValueError`` for input of the wrong shape, too short or not finite, a mask with other values than 0
-        and 1, unusable labels or an unknown padding rule; ``TypeError`` for a trace that is none; ``MemoryError``
-        before any work if the attention scores cannot fit.
+        and 1, unusable labels, an unknown padding rule, a trace or edit that matches no point, or an edit that returns
+        another shape; ``TypeError`` for a trace or edit that is none; ``MemoryError`` before any work if the attention
+        scores cannot fit.
         """
         if labels is not None:
             check_labels(self, labels, input_values)
@@ -404,6 +451,7 @@ class SEWDModel:
             output_attentions,
             mask_time_indices,
             trace,
+            edit,
             padding,
         )
         return (

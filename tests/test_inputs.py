@@ -129,9 +129,9 @@ def test_padded_recordings_are_counted_one_by_one(model: sewd_np.SEWDForCTC, mon
     one = inputs.require_score_memory
     asked: list[int] = []
     monkeypatch.setattr(inputs, "require_memory", lambda needed, what, advice: asked.append(needed))
-    one(model, 1, 16_000, False, None, together=1)
-    one(model, 2, 16_000, False, None, together=1)
-    one(model, 2, 16_000, True, None, together=1)
+    one(model, 1, 16_000, False, None, (), together=1)
+    one(model, 2, 16_000, False, None, (), together=1)
+    one(model, 2, 16_000, True, None, (), together=1)
     assert asked[0] == asked[1] < asked[2]
 
 

@@ -1,0 +1,113 @@
+"""One queue of work for the GPU: arrays in, whole passes, arrays out.
+
+A queue has one stream, so work runs in the order in which it was started, and one lock: threads may share a model, and
+their passes take turns. Python is some kernels ahead of the GPU and waits for it in ``to_numpy`` alone. Passes of short
+clips are recorded as graphs and replayed (``cuda_graph``).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sewd_np.cuda_device import allocate
+from sewd_np.cuda_graph import Capture, Recording, Recordings
+from sewd_np.cuda_intrinsics import cuda
+from sewd_np.cuda_memory import DeviceArray, Pool
+
+Array = np.ndarray
+Forward = Callable[[Any], tuple[Any, Any]]  # samples → hidden states, and logits or None
+
+GRAPH_SAMPLES = 30 * 16_000  # of a whole batch: with more, kernels run for longer than Python takes to start them
+
+
+def new_pool() -> Pool:
+    """A pool of the GPU's memory."""
+    return Pool(lambda numbers: allocate(cuda, numbers))
+
+
+class Queue:
+    """The stream, the lock and the pool of one ``Device``. ``capture`` records graphs, or None to record none."""
+
+    def __init__(self, capture: Capture | None) -> None:
+        self.stream = cuda.stream()
+        self.pool = new_pool()
+        self.lock = threading.RLock()
+        self.capture = capture
+        self.recordings = Recordings()
+
+    def from_numpy(self, array: Any) -> DeviceArray:
+        """A copy of an array on the device, float32. What is there already stays as it is."""
+        if isinstance(array, DeviceArray):
+            return array
+        with self.lock:
+            out = self.pool.take(*np.shape(array))
+            self._fill(out, array)
+        return out
+
+    def to_numpy(self, array: Any) -> Array:
+        """A copy on the host, after everything before it has run. What is there already stays as it is."""
+        if not isinstance(array, DeviceArray):
+            return np.asarray(array)
+        with self.lock:
+            out = np.empty(array.shape, array.data.dtype)
+            array.data.copy_to_host(out, stream=self.stream)
+            self.stream.synchronize()
+        return out
+
+    def run(self, forward: Forward, wave_bn: Array, weights: Any, repeatable: bool) -> tuple[Any, Any]:
+        """forward(wave_bn), from the second time on for one shape by replaying a recording of what it launches.
+
+        Only where ``repeatable``, that is where all that ``forward`` does depends on ``weights`` and the shape, and
+        where the samples are few. Nothing returned shares memory with the recording.
+        """
+        with self.lock, warnings.catch_warnings():
+            # Numba warns of every launch of few blocks; a short clip has nothing else.
+            warnings.filterwarnings("ignore", message="Grid size")
+            if self.capture is None or not repeatable or wave_bn.size > GRAPH_SAMPLES:
+                return forward(wave_bn)
+            key = (id(weights), wave_bn.shape)
+            recording = self.recordings.find(key)
+            if recording is None:
+                if not self.recordings.comes_again(key):
+                    return forward(wave_bn)
+                recording = self._record(self.capture, forward, wave_bn, weights)
+                self.stream.synchronize()  # one that makes room for this one may still be running
+                self.recordings.keep(key, recording)
+            self._fill(recording.samples, wave_bn)
+            recording.launch()
+            hidden, logits = recording.results
+            return self._copy(hidden), None if logits is None else self._copy(logits)
+
+    def forget(self) -> None:
+        """Drop every recording: what they read has changed."""
+        with self.lock:
+            self.stream.synchronize()
+            self.recordings.clear()
+
+    def _record(self, capture: Capture, forward: Forward, wave_bn: Array, weights: Any) -> Recording:
+        """Run ``forward`` in a pool of its own, which then has every place that it needs, and again to record it."""
+        own, shared = new_pool(), self.pool
+        self.pool = own
+        try:
+            samples = own.take(*wave_bn.shape)
+            self._fill(samples, wave_bn)
+            forward(samples)
+            results: list[Any] = []
+            launch = capture(self.stream, lambda: results.extend(forward(samples)))
+        finally:
+            self.pool = shared
+        hidden, logits = results
+        return Recording(samples, (hidden, logits), launch, own, weights)
+
+    def _fill(self, target: DeviceArray, array: Array) -> None:
+        target.data.copy_to_device(np.ascontiguousarray(array, np.float32), stream=self.stream)
+
+    def _copy(self, source: DeviceArray) -> DeviceArray:
+        out = self.pool.take(*source.shape)
+        out.data.copy_to_device(source.data, stream=self.stream)
+        return out

@@ -1,0 +1,46 @@
+"""Which of the three CUDA runs this is: each file in this folder belongs to one of them, and its name says to which.
+
+    NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda     test_sim_*   kernels as plain Python in the simulator, races raise
+    pytest tests/cuda                            test_ptx_*   kernels compiled and assembled, not run
+                                                 test_gpu_*   kernels on a GPU; left out where there is none
+
+The simulator is chosen once, when Numba is first imported, so that one process cannot do both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from numba.core import config as numba_config
+
+SIMULATED = bool(numba_config.ENABLE_CUDASIM)
+INSTALLED = importlib.util.find_spec("numba_cuda") is not None
+
+if SIMULATED:
+    from tests.cuda import fastsim
+
+    fastsim.install()
+
+
+def belongs(name: str) -> bool:
+    """Whether a test file is part of this run."""
+    if name.startswith("test_sim_"):
+        return SIMULATED
+    if not name.startswith(("test_ptx_", "test_gpu_")):
+        return True
+    if SIMULATED or not INSTALLED:
+        return False
+    if name.startswith("test_ptx_"):
+        from tests.cuda.ptx import find_assembler
+
+        return find_assembler() is not None
+    from numba import cuda
+
+    return cuda.is_available()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if collection_path.suffix == ".py" and not belongs(collection_path.name):
+        return True
+    return None

@@ -1,0 +1,179 @@
+"""The CUDA backend on a GPU: parity with the CPU backend and PyTorch, long recordings, memory, graphs, threads.
+
+Nothing here asks for a certain GPU; `make test-gpu` prints which one it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sewd_np
+from benchmarks import peers
+from sewd_np.backend import device_operations, get_operations
+from sewd_np.clips import clip
+from sewd_np.cuda_device import free_bytes
+from sewd_np.cuda_graph import KEPT, capture_graph
+from sewd_np.cuda_intrinsics import cuda
+from sewd_np.cuda_launch import Device, open_device
+from sewd_np.trace import Trace, compare, error_between, points
+from sewd_np.transcribe import hear
+
+pytestmark = pytest.mark.gpu
+Array = np.ndarray
+
+# 13 convolutions, up to 24 layers and sums over up to 3,000 numbers, each of a relative precision of 2^-24, on both
+# sides; relative to the largest logit. PyTorch's own float32 is as far from float64.
+PARITY = 2e-4
+# Against ourselves on the CPU: the same, but PyTorch's share.
+CPU = 1e-4
+ALONE = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_float32() -> Iterator[None]:
+    """TF32 off on PyTorch's side as it is on ours."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any, Any]:
+    """transformers' tiny, ours on the GPU, ours on the CPU."""
+    reference = peers.transformers_model("tiny")
+    return reference, peers.our_model(reference, "cuda"), peers.our_model(reference, "numba")
+
+
+def on_device(model: Any, device: Device) -> Any:
+    """The same model on another device object."""
+    return type(model)(model.config, model.params, device_operations(device))
+
+
+@pytest.mark.parametrize("shape", peers.SHAPES)
+def test_published_shapes(shape: str) -> None:
+    reference = peers.transformers_model(shape)
+    gpu, cpu = peers.our_model(reference, "cuda"), peers.our_model(reference, "numba")
+    for seconds in (0.1, 3.3, 10):
+        wave_bn = np.concatenate([peers.audio(seconds, seed) for seed in range(2)])
+        with torch.inference_mode():
+            want = reference(torch.from_numpy(wave_bn)).logits.numpy()
+        got = gpu(wave_bn).logits
+        assert error_between(got, want) <= PARITY
+        assert error_between(got, cpu(wave_bn).logits) <= CPU
+
+
+def test_every_trace_point(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, cpu = tiny
+    mine, theirs = Trace(), Trace()
+    gpu(peers.audio(2), trace=mine)
+    cpu(peers.audio(2), trace=theirs)
+    assert list(mine) == list(points(gpu.config, "ctc"))
+    assert {row.status for row in compare(mine, theirs, CPU)} == {"OK"}
+
+
+@pytest.mark.parametrize("padding", ["transformers", "original"])
+def test_padded_batches(tiny: tuple[Any, Any, Any], padding: Any) -> None:
+    _, gpu, cpu = tiny
+    wave_bn = np.concatenate([peers.audio(5, seed) for seed in range(3)])
+    mask = (np.arange(80_000) < np.array([80_000, 30_001, 400 * 3])[:, None]).astype(np.int32)
+    assert error_between(gpu(wave_bn, mask, padding=padding).logits, cpu(wave_bn, mask, padding=padding).logits) <= CPU
+
+
+def test_recordings_of_a_batch_are_as_alone(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, _ = tiny
+    lengths = [80_000, 31_234, 4_000, 64_321]
+    wave_bn = np.concatenate([peers.audio(5, seed) for seed in range(4)])
+    mask = (np.arange(80_000) < np.array(lengths)[:, None]).astype(np.int32)
+    together = gpu(wave_bn, mask, padding="alone").logits
+    for b, length in enumerate(lengths):
+        alone = gpu(wave_bn[b : b + 1, :length]).logits[0]
+        assert error_between(together[b, : len(alone)], alone) <= ALONE
+
+
+def test_transcripts_do_not_depend_on_the_batch() -> None:
+    model = sewd_np.load("an4", backend="cuda")
+    speech = hear(model, clip())
+    recordings = [speech, speech[8_000:], speech[:20_000], speech[4_000:30_000], speech[:12_345]]
+    alone = [sewd_np.transcribe(recording, model).text for recording in recordings]
+    for batch_size in (2, 5, 8):
+        assert [t.text for t in sewd_np.transcribe(recordings, model, batch_size=batch_size)] == alone
+    assert alone[0] == sewd_np.transcribe(speech, "an4", backend="numba").text
+
+
+def test_ten_minutes_in_one_piece(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, cpu = tiny
+    wave_bn = peers.audio(600)
+    assert error_between(gpu(wave_bn).logits, cpu(wave_bn).logits) <= CPU
+
+
+def test_our_own_products(tiny: tuple[Any, Any, Any]) -> None:
+    """The same model without cuBLAS; where the machine has none, both are the same."""
+    _, gpu, cpu = tiny
+    tiled = on_device(gpu, Device(None, capture_graph))
+    assert error_between(tiled(peers.audio(3)).logits, cpu(peers.audio(3)).logits) <= CPU
+
+
+def test_a_replayed_pass_is_the_pass(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, _ = tiny
+    device, plain_device = open_device(), Device()
+    replayed, plain = on_device(gpu, device), on_device(gpu, plain_device)
+    for seed in range(5):
+        wave_bn = peers.audio(2, seed)
+        assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= ALONE
+    assert len(device.queue.recordings.kept) == 1 and not plain_device.queue.recordings.kept
+    for hundredths in range(KEPT + 2):
+        for _ in range(3):
+            replayed(peers.audio(1 + hundredths / 100))
+    assert len(device.queue.recordings.kept) == KEPT
+    wave_bn = peers.audio(2, 9)
+    assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= ALONE
+
+
+def test_a_thousand_calls_take_no_more_memory(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, _ = tiny
+    inputs = [peers.audio(1 + 0.25 * (i % 4)) for i in range(4)]
+    kept = [gpu(wave_bn).logits for wave_bn in inputs]
+    copies = [logits.copy() for logits in kept]
+    for number in range(1000):
+        gpu(inputs[number % 4])
+        if number == 20:
+            before = free_bytes(cuda)
+    assert free_bytes(cuda) == before
+    for logits, copy in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(logits, copy)
+
+
+def test_threads_share_a_model(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, _ = tiny
+    inputs = [peers.audio(1 + 0.1 * (i % 3), seed=i) for i in range(12)]
+    want = [gpu(wave_bn).logits for wave_bn in inputs]
+    got: dict[int, Array] = {}
+    members = [threading.Thread(target=lambda i=i: got.update({i: gpu(inputs[i]).logits})) for i in range(12)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    for i, logits in enumerate(want):
+        assert error_between(got[i], logits) <= ALONE
+
+
+def test_no_room_says_what_was_asked(tiny: tuple[Any, Any, Any]) -> None:
+    _, gpu, _ = tiny
+    with pytest.raises(MemoryError, match=r"needs about .* GB at once, but .* GB are free"):
+        gpu(peers.audio(3600), output_attentions=True)
+    device = open_device()
+    with pytest.raises(MemoryError, match=r"the GPU has no room for another .* GB: .* are free"):
+        device.queue.pool.take(10**12)
+    assert gpu(peers.audio(1)).logits is not None
+
+
+def test_choice_of_products_is_visible() -> None:
+    said = get_operations("cuda").describe()
+    assert "cuBLAS" in said["matrix products"] and "compute capability" in said["GPU"]

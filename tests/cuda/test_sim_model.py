@@ -1,0 +1,423 @@
+"""The CUDA backend in the simulator: every operation of the table, and whole small models, against NumPy.
+
+Every launch goes through the race and divergence checks of ``fastsim``. Sizes are small: a simulated thread takes about
+a millisecond.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import cuda
+from numba.cuda.simulator.kernel import FakeCUDAKernel
+
+import sewd_np
+from sewd_np import cuda_attention, cuda_conv, cuda_cublas, cuda_gemm, cuda_tiled_attention
+from sewd_np.backend import NUMPY, Operations, device_operations, get_operations
+from sewd_np.config import SEWDConfig
+from sewd_np.cuda_attention import relative_rows
+from sewd_np.cuda_launch import Device
+from sewd_np.cuda_memory import DeviceArray
+from sewd_np.model import SEWDForCTC, SEWDForSequenceClassification, SEWDModel
+from sewd_np.params import random_params
+from sewd_np.trace import Trace, compare, error_between, points
+from tests.operation_cases import CASES, Case, Index
+from tests.test_cuda_host import FakeCublas
+
+Array = np.ndarray
+
+# One operation, equal inputs: float32 rounding of sums over up to 100 terms and of a division after them.
+OPERATION = 2e-5
+# A whole model: the same through a dozen of layers; of the largest logit.
+MODEL = 2e-5
+# Recordings of a batch against each alone, which the design promises within 1e-5 of the largest logit.
+ALONE = 1e-5
+
+EVERY = 5  # of the operations with many cases, every fifth is simulated, and all cases of the others
+MANY = 12
+
+
+PRODUCT_TILE = cuda_gemm.Tile(8, 8, 4, 4, 4, slices=1)  # 4 threads
+FIRST_TILE = cuda_conv.FirstTile(fours=1, strips=8, own_frames=2)
+ATTENTION_TILE = cuda_tiled_attention.Tile(side=4, rows=2, columns=2, chunk=4, resident=1)
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few threads in place of hundreds, for whole models. The kernels' own tests vary tiles."""
+
+    def scratch(*sizes: Any) -> int:
+        return cuda_conv.encoder_room(*sizes, tile=FIRST_TILE).size
+
+    monkeypatch.setattr(cuda_gemm, "choose_tile", lambda shape: PRODUCT_TILE)
+    monkeypatch.setattr(cuda_conv, "feature_encoder", partial(cuda_conv.feature_encoder, tile=FIRST_TILE))
+    monkeypatch.setattr(cuda_conv, "feature_encoder_scratch", scratch)
+    attention_tile = lambda size, *_: ATTENTION_TILE if size % 4 == 0 else None  # noqa: E731
+    monkeypatch.setattr(cuda_attention, "choose_tile", attention_tile)
+
+
+# ----------------------------------------------------------------------- single operations
+
+
+def chosen() -> list[Case]:
+    counts: dict[str, int] = {}
+    kept = []
+    total = {case.operation: 0 for case in CASES}
+    for case in CASES:
+        total[case.operation] += 1
+    for case in CASES:
+        number = counts[case.operation] = counts.get(case.operation, 0) + 1
+        if total[case.operation] <= MANY or number % EVERY == 1:
+            kept.append(case)
+    return kept
+
+
+def moved(value: Any, move: Callable[[Array], Any], index: Callable[..., Any]) -> Any:
+    """An argument with its floating-point arrays moved to a backend, and an ``Index`` in that backend's form."""
+    if isinstance(value, Index):
+        return index(*value)
+    if isinstance(value, tuple):
+        parts = [moved(part, move, index) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return move(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # a mean over no frames is NaN by definition
+@pytest.mark.parametrize("case", chosen(), ids=lambda case: f"{case.operation}: {case.label}")
+def test_operation(case: Case, device: Device) -> None:
+    ops = device_operations(device)
+    want = getattr(NUMPY, case.operation)(*moved(case.args, np.asarray, NUMPY.relative_index))
+    got = getattr(ops, case.operation)(*moved(case.args, ops.from_numpy, ops.relative_index))
+    if case.operation == "relative_index":
+        i = np.arange(case.args[0])
+        np.testing.assert_array_equal(ops.to_numpy(got)[i[:, None] - i + len(i) - 1], want)
+        return
+    wants, gots = (value if isinstance(value, tuple) else (value,) for value in (want, got))
+    for one, other in zip(gots, wants, strict=True):
+        assert isinstance(one, DeviceArray) and one.shape == other.shape
+        assert error_between(ops.to_numpy(one), other) <= OPERATION * case.amplification
+
+
+def test_every_operation_is_among_them() -> None:
+    table = {field.name for field in dataclasses.fields(Operations)}
+    plumbing = {"name", "one_by_one", "prepare", "from_numpy", "to_numpy", "run", "own_memory", "describe"}
+    assert {case.operation for case in chosen()} == table - plumbing - {"attention_bytes"}
+
+
+def test_every_method_has_the_signature_of_its_definition(device: Device) -> None:
+    for field in dataclasses.fields(Operations):
+        if field.name not in ("name", "one_by_one", "from_numpy", "to_numpy", "own_memory", "describe"):
+            described = [
+                [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+                for function in (getattr(device, field.name), getattr(NUMPY, field.name))
+            ]
+            assert described[0] == described[1], field.name
+
+
+def test_relative_rows_are_cut_from_one_growing_table(device: Device) -> None:
+    for frames in (1, 2, 30, 1024, 1025, 7, 1500):
+        got = device.to_numpy(device.relative_index(frames, 8, 16, 8))
+        np.testing.assert_array_equal(got, relative_rows(frames, 8, 16, 8))
+    assert [len(table) for table in device.rows[8, 16, 8]] == [2 * 1024 - 1, 2 * 2048 - 1]
+
+
+# ---------------------------------------------------------------------------- whole models
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "conv_dim": [4, 6, 4],
+    "conv_kernel": [10, 3, 2],
+    "conv_stride": [5, 2, 2],
+    "position_buckets": 4,
+    "max_position_embeddings": 8,
+    "num_conv_pos_embeddings": 7,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 6,
+    "vocab_size": 9,
+}
+HEADS: dict[str, Any] = {"model": SEWDModel, "ctc": SEWDForCTC, "classification": SEWDForSequenceClassification}
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "published": ("ctc", {}),
+    "thirteen convolutions": (
+        "ctc",
+        {"conv_dim": [4] * 13, "conv_kernel": [10, *[3, 1] * 4, *[2, 1] * 2], "conv_stride": [5, *[2, 1] * 6]},
+    ),
+    "no head": ("model", {}),
+    "classification": ("classification", {}),
+    "weighted layer sum": ("classification", {"use_weighted_layer_sum": True}),
+    "layer norm, conv bias": ("ctc", {"feat_extract_norm": "layer", "conv_bias": True}),
+    "conv bias": ("ctc", {"conv_bias": True}),
+    "no relative attention": ("ctc", {"relative_attention": False}),
+    "c2p": ("ctc", {"pos_att_type": ["c2p"]}),
+    "p2c, own keys": ("ctc", {"pos_att_type": ["p2c"], "share_att_key": False}),
+    "no position terms": ("ctc", {"pos_att_type": []}),
+    "no buckets": ("ctc", {"position_buckets": -1, "max_position_embeddings": 5}),
+    "conv beside layer 0": ("ctc", {"conv_kernel_size": 3, "conv_groups": 2}),
+    "squeeze 3, even kernel": ("ctc", {"squeeze_factor": 3, "num_conv_pos_embeddings": 4}),
+    "squeeze 1": ("ctc", {"squeeze_factor": 1}),
+    "odd head size, other activations": (
+        "ctc",
+        {"hidden_size": 6, "intermediate_size": 7, "hidden_act": "gelu_new", "feat_extract_activation": "mish"},
+    ),
+    "no feature projection": ("ctc", {"conv_dim": [4, 6, 8]}),
+    "table not normed": ("ctc", {"norm_rel_ebd": "none"}),
+}
+
+
+def pair(case: str, device: Device) -> tuple[SEWDModel, SEWDModel]:
+    """The same model on NumPy and on the simulated GPU."""
+    head, changes = OPTIONS[case]
+    config = SEWDConfig.from_dict({**SMALL, **changes})
+    params = random_params(config, head)
+    return HEADS[head](config, params, NUMPY), HEADS[head](config, params, device_operations(device))
+
+
+def waves(model: SEWDModel, batch: int, frames: int, seed: int = 0) -> Array:
+    """(b, n) noise of ``frames`` frames and a few samples left over."""
+    config = model.config
+    samples = config.receptive_field + (frames - 1) * config.inputs_to_logits_ratio + 3
+    return np.random.default_rng(seed).standard_normal((batch, samples)).astype(np.float32)
+
+
+def mask_for(wave_bn: Array, lengths: list[int]) -> Array:
+    return (np.arange(wave_bn.shape[1]) < np.array(lengths)[:, None]).astype(np.int32)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = MODEL) -> None:
+    for name in ("last_hidden_state", "logits"):
+        mine, definition = getattr(got, name), getattr(want, name)
+        assert (mine is None) == (definition is None)
+        if mine is not None:
+            assert isinstance(mine, np.ndarray) and mine.dtype == np.float32
+            assert error_between(mine, definition) <= tolerance, name
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_option(case: str, device: Device) -> None:
+    """Fused forms with a mask, and every trace point without one: each fires once and says what the definition says."""
+    numpy, gpu = pair(case, device)
+    wave_bn = waves(numpy, 2, 9)
+    mask = mask_for(wave_bn, [wave_bn.shape[1], wave_bn.shape[1] - 4 * numpy.config.inputs_to_logits_ratio])
+    assert_close(gpu(wave_bn, mask), numpy(wave_bn, mask))
+    mine, definition = Trace(), Trace()
+    explicit = gpu(wave_bn[:1], output_hidden_states=True, output_attentions=True, trace=mine)
+    want = numpy(wave_bn[:1], output_hidden_states=True, output_attentions=True, trace=definition)
+    assert list(mine) == list(definition) == list(points(gpu.config, gpu.head))
+    rows = compare(mine, definition, MODEL)
+    assert not [row for row in rows if row.status != "OK"]
+    assert_close(explicit, want)
+    for name in ("hidden_states", "attentions"):
+        for one, other in zip(getattr(explicit, name), getattr(want, name), strict=True):
+            assert error_between(one, other) <= MODEL
+
+
+@pytest.mark.parametrize("padding", ["transformers", "original"])
+def test_as_launched_on_a_gpu(padding: Any, device: Device) -> None:
+    """The tiles that a GPU gets, fused forms, padded and not."""
+    numpy, gpu = pair("published", device)
+    wave_bn = waves(numpy, 2, 13)
+    mask = mask_for(wave_bn, [wave_bn.shape[1] - 5 * numpy.config.inputs_to_logits_ratio, wave_bn.shape[1]])
+    assert_close(gpu(wave_bn, mask, padding=padding), numpy(wave_bn, mask, padding=padding))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "case",
+    [
+        "published",
+        "classification",
+        "weighted layer sum",
+        "conv beside layer 0",
+        "squeeze 3, even kernel",
+        "layer norm, conv bias",
+    ],
+)
+def test_recordings_of_a_batch_are_as_alone(case: str, device: Device) -> None:
+    numpy, gpu = pair(case, device)
+    wave_bn = waves(numpy, 3, 14)
+    ratio = numpy.config.inputs_to_logits_ratio
+    lengths = [wave_bn.shape[1] - 3 * ratio - 1, wave_bn.shape[1], numpy.config.minimum_samples + 2]
+    # What lies after a recording's end must not matter: not zeros here.
+    out = gpu(wave_bn, mask_for(wave_bn, lengths), padding="alone", output_hidden_states=True)
+    for b, length in enumerate(lengths):
+        alone = numpy(wave_bn[b : b + 1, :length], output_hidden_states=True)
+        frames = numpy.config.frames(length)
+        assert error_between(out.last_hidden_state[b, :frames], alone.last_hidden_state[0]) <= ALONE
+        logits = out.logits[b] if gpu.head == "classification" else out.logits[b, :frames]
+        assert error_between(logits, alone.logits[0]) <= ALONE
+        for mine, own in zip(out.hidden_states, alone.hidden_states, strict=True):
+            assert error_between(mine[b, : own.shape[1]], own[0]) <= ALONE
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_spec_augment_edits_and_loss(device: Device) -> None:
+    numpy, gpu = pair("published", device)
+    wave_bn = waves(numpy, 2, 9)
+    marks = np.random.default_rng(1).random((2, 9)) < 0.4
+    labels = np.array([[3, 4, -100], [5, 5, 2]])
+    mine, want = (model(wave_bn, labels=labels, mask_time_indices=marks) for model in (gpu, numpy))
+    assert_close(mine, want)
+    assert mine.loss == pytest.approx(want.loss, rel=1e-4)
+    edit = {"*.layer.1.attention.self.c2p": np.zeros_like, "encoder.encoder.rel_embeddings": lambda x: 2 * x}
+    assert_close(gpu(wave_bn, edit=edit), numpy(wave_bn, edit=edit))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_products_by_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the library multiplies in every linear layer; bias and activation are our kernel's."""
+    library = FakeCublas()
+    monkeypatch.setattr(cuda_cublas, "declare", lambda library: library)
+    monkeypatch.setattr(cuda_cublas, "address", lambda array: array._ary.ctypes.data)
+    monkeypatch.setattr(cuda.stream, "handle", 0, raising=False)
+    device = Device(library)
+    assert device.products == "cuBLAS 13.0.2, float32, TF32 off"
+    numpy, gpu = pair("classification", device)
+    wave_bn = waves(numpy, 1, 9)
+    assert_close(gpu(wave_bn), numpy(wave_bn))
+    # feature projection, q·k·v, output and two of the feed-forward in each layer, upsample, projector, classifier
+    assert library.said.count("sgemm") == 1 + 2 * 4 + 1 + 2
+    assert "tiled" in Device().products
+
+
+# ------------------------------------------------------------------- memory, graphs, threads
+
+
+def record_launches(stream: Any, work: Callable[[], Any]) -> Callable[[], None]:
+    """A stand-in for a CUDA graph: kernels that ``work`` launches are written down, not run, and run when replayed."""
+    launches: list[tuple[Any, Any, Any, tuple[Any, ...]]] = []
+    run = FakeCUDAKernel.__call__
+
+    def write_down(kernel: Any, *args: Any) -> None:
+        launches.append((kernel, kernel.grid_dim, kernel.block_dim, args))
+
+    FakeCUDAKernel.__call__ = write_down
+    try:
+        work()
+    finally:
+        FakeCUDAKernel.__call__ = run
+
+    def replay() -> None:
+        for kernel, grid, block, args in launches:
+            kernel[grid, block](*args)
+
+    return replay
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_short_clip_is_recorded_and_replayed() -> None:
+    recorded = []
+
+    def capture(stream: Any, work: Callable[[], Any]) -> Callable[[], None]:
+        recorded.append(stream)
+        return record_launches(stream, work)
+
+    device = Device(capture=capture)
+    numpy, gpu = pair("weighted layer sum", device)
+    inputs = [waves(numpy, 1, 9, seed=seed) for seed in range(4)]
+    outputs = [gpu(wave_bn) for wave_bn in inputs]
+    assert len(recorded) == 1 and len(device.queue.recordings.kept) == 1
+    for wave_bn, out in zip(inputs, outputs, strict=True):
+        assert_close(out, numpy(wave_bn))
+    # What depends on more than samples and shape is not replayed, and a replay afterwards is still right.
+    trace = Trace("*.probs")
+    gpu(inputs[0], trace=trace)
+    assert len(trace) == 2
+    mask = mask_for(inputs[0], [inputs[0].shape[1] - 25])
+    assert_close(gpu(inputs[0], mask), numpy(inputs[0], mask))
+    assert gpu(inputs[0], output_hidden_states=True).hidden_states is not None
+    assert_close(gpu(inputs[3]), numpy(inputs[3]))
+    assert len(recorded) == 1
+    # Other weights are another recording.
+    first = gpu.weights
+    gpu.weights = gpu.ops.prepare(random_params(gpu.config, gpu.head, seed=1), gpu.config)
+    assert not device.queue.recordings.kept
+    other = SEWDForSequenceClassification(gpu.config, random_params(gpu.config, gpu.head, seed=1), NUMPY)
+    for _ in range(3):
+        assert_close(gpu(inputs[0]), other(inputs[0]))
+    gpu.weights = first
+    assert_close(gpu(inputs[0]), numpy(inputs[0]))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_memory_does_not_grow_and_results_are_the_callers_own(device: Device) -> None:
+    _, gpu = pair("published", device)
+    inputs = [waves(gpu, 1, frames) for frames in (5, 6)]
+    first = [gpu(wave_bn).logits for wave_bn in inputs]
+    kept = [logits.copy() for logits in first]
+    asked = device.queue.pool.asked
+    for _ in range(3):
+        for wave_bn in inputs:
+            gpu(wave_bn)
+    assert device.queue.pool.asked == asked
+    for logits, copy in zip(first, kept, strict=True):
+        np.testing.assert_array_equal(logits, copy)
+    held = device.queue.pool.held
+    del gpu
+    assert device.queue.pool.idle() <= held
+    device.queue.pool.release()
+    assert device.queue.pool.held < held
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_threads_take_turns(device: Device) -> None:
+    numpy, gpu = pair("published", device)
+    inputs = [waves(numpy, 1, 5, seed=seed) for seed in range(3)]
+    outputs: dict[int, Any] = {}
+    members = [threading.Thread(target=lambda i=i: outputs.update({i: gpu(inputs[i])})) for i in range(3)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    for i, wave_bn in enumerate(inputs):
+        assert_close(outputs[i], numpy(wave_bn))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_no_room_on_the_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    _, gpu = pair("published", device)
+    wave_bn = waves(gpu, 1, 9)
+    ops = dataclasses.replace(gpu.ops, own_memory=lambda: 10_000)
+    gpu.ops = ops
+    with pytest.raises(MemoryError, match=r"on backend 'cuda' needs about .* but 0.0 GB are free; cut the recording"):
+        gpu(waves(gpu, 1, 60), output_attentions=True)
+    assert gpu(wave_bn).logits is not None, "the fused form needs no t × t memory"
+
+    def full(numbers: int) -> Any:
+        raise MemoryError("the GPU has no room")
+
+    monkeypatch.setattr(device.queue.pool, "allocate", full)
+    device.queue.pool.release()
+    with pytest.raises(MemoryError, match="the GPU has no room"):
+        gpu(wave_bn)
+
+
+# -------------------------------------------------------------------------------- from the top
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_get_operations_and_batches_from_transcribe() -> None:
+    ops = get_operations("cuda")
+    assert ops.name == "cuda" and not ops.one_by_one
+    processor = sewd_np.load("an4").processor
+    config = SEWDConfig.from_dict({**SMALL, "vocab_size": 32, "num_hidden_layers": 1})
+    model = SEWDForCTC(config, random_params(config, "ctc"), ops, processor)
+    rng = np.random.default_rng(0)
+    recordings = [rng.standard_normal(config.minimum_samples + extra).astype(np.float32) for extra in (90, 0, 300, 5)]
+    alone = [sewd_np.transcribe(recording, model) for recording in recordings]
+    assert sewd_np.transcribe(recordings, model, batch_size=3) == alone
