@@ -1,0 +1,188 @@
+"""Train the bundled keyword classifier: control words, ten digits, or something else, from the bundled recogniser.
+
+    python examples/train_keywords.py --speech ../shared/speech --recognizer trained/an4 --out trained/keywords
+
+The recogniser's convolutions and lower layers already know what letters sound like: they are kept as they are and
+shared, so the classifier stores only what it learns, its last two transformer layers, the upsampling and its head. The
+words are AN4's, cut apart by forced alignment, and text-to-speech; "unknown" is every other word, pieces of
+LibriSpeech, noise and silence. Each is heard at another place in another stretch of silence, room and noise every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from train_bundled import words_by_speaker
+from training_data import (
+    COMMANDS,
+    DIGITS,
+    LETTERS,
+    MONTHS,
+    ORDINALS,
+    RATE,
+    TEENS,
+    TENS,
+    Array,
+    augment,
+    change_speed,
+    noise_clip,
+    normalize,
+    read_corpus,
+    synthesize,
+)
+from transformers import SEWDForCTC, SEWDForSequenceClassification
+
+KEYWORDS = [word for word in COMMANDS if word != "RUBOUT"] + [word for word in DIGITS if word != "OH"]
+LABELS = [*(word.lower() for word in KEYWORDS), "unknown"]
+UNKNOWN = len(KEYWORDS)
+UNCLEAR = {"OH", "O"}  # the digit 0 to some and another word to others: in no class
+OWN_LAYERS = 2  # transformer layers that are trained, from the top
+CARD = Path(__file__).with_name("keywords_card.md")
+Word = tuple[str, Array]
+
+
+def label_of(word: str) -> int:
+    return KEYWORDS.index(word) if word in KEYWORDS else UNKNOWN
+
+
+@dataclass
+class Words:
+    """Words to draw from: every keyword as often, "unknown" as six of them."""
+
+    by_label: list[list[Array]]
+    other: list[Array]
+    rng: np.random.Generator
+
+    def draw(self, samples: int) -> tuple[Array, int]:
+        """An augmented word somewhere in ``samples`` of silence or noise, and its label."""
+        rng = self.rng
+        weights = np.ones(len(LABELS))
+        weights[UNKNOWN] = 6
+        label = int(rng.choice(len(LABELS), p=weights / weights.sum()))
+        pool = self.by_label[label]
+        wave = pool[int(rng.integers(len(pool)))]
+        kind = rng.random()
+        if label == UNKNOWN and kind < 0.15:
+            wave = noise_clip(rng).wave()
+        elif label == UNKNOWN and kind < 0.45:
+            sentence = self.other[int(rng.integers(len(self.other)))]
+            wave = sentence[int(rng.integers(len(sentence) // 2)) :][: int(rng.uniform(0.3, 1.5) * RATE)]
+        wave = change_speed(wave, rng.uniform(0.85, 1.18))[:samples]
+        before = int(rng.integers(samples - len(wave) + 1))
+        canvas = np.pad(wave, (before, samples - len(wave) - before))
+        heard = augment(canvas, lambda: self.other[int(rng.integers(len(self.other)))], rng)
+        return np.resize(heard, samples) if len(heard) >= samples else np.pad(heard, (0, samples - len(heard))), label
+
+
+def train(model: Any, words: Words, minutes: float) -> None:
+    """Cross-entropy with label smoothing, by the clock: the learning rate falls with the share of ``minutes`` gone."""
+    model.requires_grad_(False)
+    encoder = model.sew_d.encoder
+    for part in (*encoder.encoder.layer[-OWN_LAYERS:], encoder.upsample, model.projector, model.classifier):
+        part.requires_grad_(True)
+    model.sew_d.feature_extractor._requires_grad = False
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, 1e-3, weight_decay=0.02)
+    model.train()
+    start, step, losses = time.monotonic(), 0, []
+    while (progress := (time.monotonic() - start) / 60 / minutes) < 1:
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 30) * 0.5 * (1 + np.cos(np.pi * progress))
+        samples = int(words.rng.uniform(0.9, 1.8) * RATE)  # one length a batch: nothing is padded
+        waves, labels = zip(*[words.draw(samples) for _ in range(32)], strict=True)
+        batch = torch.from_numpy(np.stack([normalize(wave) for wave in waves]))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch).logits
+        loss: Any = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.05)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            print(f"step {step}, loss {np.mean(losses[-50:]):.3f}", flush=True)
+    model.eval()
+
+
+def accuracy(model: Any, words: Sequence[Word]) -> tuple[float, int]:
+    """Share of words that get their label, each with 0.2 s of silence around it, and how many there are."""
+    right = []
+    for word, wave in words:
+        if word not in UNCLEAR:
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(normalize(np.pad(wave, RATE // 5)))[None]).logits
+            right.append(int(logits.argmax()) == label_of(word))
+    return float(np.mean(right)), len(right)
+
+
+def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[float, int]]) -> None:
+    """The folder that sewd_np bundles: the tensors that were trained, and a configuration naming the encoder shared."""
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = {name: value.half().contiguous() for name, value in model.state_dict().items() if name in learned}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((recognizer / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "architectures": ["SEWDForSequenceClassification"],
+        "shared_encoder": "an4",
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: index for index, label in enumerate(LABELS)},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("preprocessor_config.json", "NOTICE-AN4.txt", "NOTICE-LIBRISPEECH.txt"):
+        shutil.copyfile(recognizer / name, folder / name)
+    rows = "\n".join(f"| {name} | {100 * share:.1f} % | {count} |" for name, (share, count) in figures.items())
+    card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--speech", type=Path, default=Path("../shared/speech"), help="folder of the corpora")
+    parser.add_argument("--recognizer", type=Path, default=Path("trained/an4"), help="what train_bundled.py exported")
+    parser.add_argument("--out", type=Path, default=Path("trained/keywords"))
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    torch.set_flush_denormal(True)
+    recognizer: Any = SEWDForCTC.from_pretrained(options.recognizer, dtype=torch.float32)
+    recognizer.eval()
+    train_clips, dev = (read_corpus(options.speech / "an4", part) for part in ("train", "dev"))
+    words = [pair for speaker in words_by_speaker(recognizer, train_clips) for pair in speaker]
+    options.out.mkdir(parents=True, exist_ok=True)
+    others = [word for word in (*LETTERS, *TEENS, *TENS, *MONTHS, *ORDINALS) if word not in UNCLEAR]
+    spoken = synthesize(0, options.out, options.seed, [*KEYWORDS * 30, *others * 4])
+    words += [(clip.text, clip.wave()) for clip in spoken]
+    other = [clip.wave() for clip in read_corpus(options.speech / "mini_librispeech_opus", "train")[::5]]
+    by_label = [
+        [wave for word, wave in words if word not in UNCLEAR and label_of(word) == i] for i in range(UNKNOWN + 1)
+    ]
+    print(f"{len(words)} words, the rarest keyword {min(map(len, by_label))} times", flush=True)
+    model = SEWDForSequenceClassification.from_pretrained(
+        options.recognizer, num_labels=len(LABELS), dtype=torch.float32, mask_time_prob=0.05, mask_feature_prob=0.05
+    )
+    train(model, Words(by_label, other, np.random.default_rng(options.seed)), options.minutes)
+    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    cut = [pair for speaker in words_by_speaker(recognizer, dev) for pair in speaker]
+    figures = {
+        "keywords, cut from sentences": accuracy(model, [pair for pair in cut if pair[0] in KEYWORDS]),
+        "other words, cut from sentences": accuracy(model, [pair for pair in cut if pair[0] not in KEYWORDS]),
+        "words recorded alone": accuracy(model, [(clip.text, clip.wave()) for clip in dev if " " not in clip.text]),
+    }
+    for name, (share, count) in figures.items():
+        print(f"{name}: {100 * share:.1f} % of {count}")
+    export(options.out, options.recognizer, model, figures)
+
+
+if __name__ == "__main__":
+    main()

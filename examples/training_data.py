@@ -1,0 +1,281 @@
+"""Speech to train on: recordings, text-to-speech, words put together anew, and what rooms and telephones do to sound.
+
+Used by ``train_bundled.py`` (sentences) and ``train_keywords.py`` (single words). Sound is mono float32 at 16 kHz;
+a whole corpus is kept in memory as int16, which is 32 kB a second. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from scipy import fft
+
+Array = np.ndarray
+RATE = 16_000
+
+LETTERS = "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z".split()
+DIGITS = "ZERO OH ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
+TEENS = "TEN ELEVEN TWELVE THIRTEEN FOURTEEN FIFTEEN SIXTEEN SEVENTEEN EIGHTEEN NINETEEN".split()
+TENS = "TWENTY THIRTY FORTY FIFTY SIXTY SEVENTY EIGHTY NINETY".split()
+MONTHS = "JANUARY FEBRUARY MARCH APRIL MAY JUNE JULY AUGUST SEPTEMBER OCTOBER NOVEMBER DECEMBER".split()
+ORDINALS = (
+    "FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH THIRTEENTH FOURTEENTH "
+    "FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH THIRTIETH"
+).split()
+COMMANDS = "ENTER ERASE RUBOUT REPEAT START STOP GO HELP YES NO".split()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recording: samples (n,) int16 at 16 kHz, what is said in it (upper case), who speaks."""
+
+    samples: Array
+    text: str
+    speaker: str
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / RATE
+
+    def wave(self) -> Array:
+        return self.samples.astype(np.float32) / 32768
+
+
+def as_samples(wave: Array) -> Array:
+    return np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
+
+
+def read_corpus(folder: Path, part: str) -> list[Clip]:
+    """The recordings of a folder's ``transcripts.tsv`` (path, text, speaker, part, seconds) that belong to ``part``."""
+    table = folder / "transcripts.tsv"
+    if not table.exists():
+        raise FileNotFoundError(f"{table} is not there; --speech must name the folder that holds an4/ and the others.")
+    clips = []
+    with table.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            if row["part"] == part:
+                samples, rate = soundfile.read(folder / row["path"], dtype="int16")
+                assert rate == RATE, (row["path"], rate)
+                clips.append(Clip(samples, row["text"], row["speaker"]))
+    return clips
+
+
+# ------------------------------------------------------------------------------ text-to-speech
+
+
+def random_text(rng: np.random.Generator) -> str:
+    """A string such as AN4's speakers read: letters, digits, numbers, dates, control words, a command before them."""
+
+    def some(words: Sequence[str], least: int, most: int) -> list[str]:
+        return [str(word) for word in rng.choice(words, rng.integers(least, most + 1))]
+
+    def number() -> list[str]:
+        tens = some(TENS, 1, 1) + some(DIGITS[2:], 0, 1) if rng.random() < 0.7 else some(TEENS, 1, 1)
+        if rng.random() < 0.2:
+            return [*some(DIGITS[2:], 1, 1), str(rng.choice(["HUNDRED", "THOUSAND"])), *tens]
+        return tens
+
+    kind = rng.choice(
+        ["letters", "digits", "numbers", "mixed", "date", "command", "street"],
+        p=[0.24, 0.2, 0.16, 0.18, 0.08, 0.1, 0.04],
+    )
+    if kind == "letters":
+        return " ".join(some(LETTERS, 1, 8))
+    if kind == "digits":
+        return " ".join(some(DIGITS, 1, 8))
+    if kind == "numbers":
+        return " ".join(some(COMMANDS, 0, 1) + [word for _ in range(rng.integers(1, 4)) for word in number()])
+    if kind == "mixed":
+        middle = some(LETTERS, 1, 5) + (number() if rng.random() < 0.5 else some(DIGITS, 1, 4))
+        return " ".join(some(COMMANDS, 0, 1) + middle)
+    if kind == "date":
+        day = [*([str(rng.choice(["TWENTY", "THIRTY"]))] if rng.random() < 0.3 else []), str(rng.choice(ORDINALS))]
+        return " ".join([*some(MONTHS, 1, 1), *day, *(["NINETEEN", *number()] if rng.random() < 0.6 else [])])
+    if kind == "command":
+        return " ".join(some(COMMANDS, 1, 2))
+    return " ".join([*some(["AND", "HALF", "AREA CODE", "APOSTROPHE", "OF"], 1, 1), *some(DIGITS, 1, 3)])
+
+
+def synthesize(count: int, folder: Path, seed: int, texts: Sequence[str] = ()) -> list[Clip]:
+    """``texts``, or ``count`` random strings, spoken by flite and espeak-ng in many voices, rates and pitches.
+
+    Kept as one file under ``folder``, so that a second run reads them. An empty list where neither program is found.
+    """
+    store = folder / f"spoken-{count}-{seed}.npz"
+    if not store.exists():
+        flite, espeak = shutil.which("flite"), shutil.which("espeak-ng")
+        programs = [name for name, found in (("flite", flite), ("espeak-ng", espeak)) if found]
+        if not programs:
+            return []
+        rng = np.random.default_rng(seed)
+        texts = texts or [random_text(rng) for _ in range(count)]
+        pairs = [_speak(programs, text, folder / "spoken.wav", rng) for text in texts]
+        (folder / "spoken.wav").unlink()
+        waves, spoken, voices = zip(*[pair for pair in pairs if len(pair[0]) > RATE // 5], strict=True)
+        ends = np.cumsum([len(wave) for wave in waves])
+        np.savez(store, samples=np.concatenate(waves), ends=ends, texts=np.array(spoken), voices=np.array(voices))
+    kept = np.load(store)
+    waves = np.split(kept["samples"], kept["ends"][:-1])
+    return [Clip(w, str(t), str(v)) for w, t, v in zip(waves, kept["texts"], kept["voices"], strict=True)]
+
+
+def _speak(programs: list[str], text: str, path: Path, rng: np.random.Generator) -> tuple[Array, str, str]:
+    """One string by a random voice; pauses between words at random."""
+    comma = rng.choice([" ", ", ", " "])
+    if "espeak-ng" in programs and (rng.random() < 0.45 or "flite" not in programs):
+        variant = str(rng.choice([f"m{i}" for i in range(1, 9)] + [f"f{i}" for i in range(1, 6)] + ["croak", "klatt"]))
+        accent = str(rng.choice(["en-us", "en-us", "en-us", "en-gb"]))
+        rate, pitch = str(rng.integers(110, 200)), str(rng.integers(20, 80))
+        voice = f"{accent}+{variant}"
+        command = ["espeak-ng", "-v", voice, "-s", rate, "-p", pitch, "-w", str(path), comma.join(text.split())]
+    else:
+        voice = str(rng.choice(["awb", "kal16", "rms", "slt"]))
+        stretch = f"duration_stretch={rng.uniform(0.75, 1.35):.2f}"
+        pitch = f"int_f0_target_mean={rng.uniform(85, 230):.0f}"
+        # flite reads a lone A as the article.
+        words = comma.join("ay" if word == "A" else word.lower() if len(word) > 1 else word for word in text.split())
+        command = ["flite", "-voice", voice, "--seti", pitch, "--setf", stretch, "-t", words, "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    wave, rate_found = soundfile.read(path, dtype="float32")
+    return as_samples(soxr.resample(wave, rate_found, RATE) * 0.7), text, voice
+
+
+# ----------------------------------------------------------------- words put together anew
+
+
+def cut_words(wave: Array, text: str, spans: Sequence[tuple[float, float]]) -> list[tuple[str, Array]]:
+    """A recording's words, apart: cut where it is quietest between one word's last letter and the next one's first.
+
+    spans: (first letter, last letter) of every word in seconds, by a forced alignment. The quietest 30 ms are looked
+    for, since CTC fires letters somewhere in a sound rather than at its edges.
+    """
+    energy = np.convolve(wave.astype(np.float64) ** 2, np.ones(480) / 480, "same")
+    edges = [0]
+    for (_, end), (start, _) in itertools.pairwise(spans):
+        first, last = int(end * RATE), max(int(start * RATE), int(end * RATE) + 1)
+        edges.append(first + int(np.argmin(energy[first:last])) if first < len(energy) - 1 else len(energy) - 1)
+    edges.append(len(wave))
+    return [(word, wave[a:b]) for word, a, b in zip(text.split(), edges, edges[1:], strict=False) if b - a > 800]
+
+
+def recombine(words: Sequence[tuple[str, Array]], rng: np.random.Generator) -> Clip:
+    """One to eight words of one speaker in a new order, with the joints faded over 10 ms.
+
+    What is said becomes unpredictable, so that a small corpus does not teach its own sentences by heart.
+    """
+    chosen = [words[int(i)] for i in rng.integers(len(words), size=rng.integers(1, 9))]
+    fade = np.linspace(0, 1, 160, dtype=np.float32)
+    pieces = []
+    for _, wave in chosen:
+        piece = wave.copy()
+        piece[:160] *= fade
+        piece[-160:] *= fade[::-1]
+        pieces.append(piece)
+    return Clip(as_samples(np.concatenate(pieces)), " ".join(word for word, _ in chosen), "")
+
+
+# ---------------------------------------------------------------------------- augmentation
+
+
+def change_speed(wave: Array, factor: float) -> Array:
+    """Faster by ``factor``, and higher with it, as a tape would be."""
+    return np.asarray(soxr.resample(wave, RATE * factor, RATE, quality="LQ"), np.float32)
+
+
+def add_noise(wave: Array, noise: Array, decibels: float) -> Array:
+    """Noise so loud that the signal-to-noise ratio is ``decibels``; the noise is repeated to the wave's length."""
+    noise = np.resize(noise, len(wave))
+    power, own = float(np.mean(wave**2)), float(np.mean(noise**2))
+    return wave + noise * np.float32(np.sqrt(power / max(own, 1e-12)) * 10 ** (-decibels / 20))
+
+
+def coloured_noise(samples: int, slope: float, rng: np.random.Generator) -> Array:
+    """Gaussian noise whose power falls as frequency ** −slope: 0 white, 1 pink, 2 brown."""
+    size = fft.next_fast_len(samples, real=True)
+    spectrum = fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    spectrum *= (np.arange(len(spectrum), dtype=np.float32) + 10) ** np.float32(-slope / 2)
+    return np.asarray(fft.irfft(spectrum, size)[:samples], np.float32)
+
+
+def room_and_line(wave: Array, rng: np.random.Generator) -> Array:
+    """A random room, microphone and line at once, in one multiplication of spectra.
+
+    Room: exponentially fading noise after the direct sound, 0.1 – 0.6 s to −60 dB. Microphone: a smooth curve of
+    ± 8 dB. Line: sometimes the telephone's 300 – 3,400 Hz, sometimes nothing above 4 kHz.
+    """
+    tail = 0
+    response = None
+    if rng.random() < 0.35:
+        seconds = rng.uniform(0.1, 0.6)
+        tail = int(seconds * RATE * 0.7)
+        decay = np.exp(-6.9 * np.arange(tail, dtype=np.float32) / (seconds * RATE))
+        response = rng.standard_normal(tail, dtype=np.float32) * decay
+        response *= np.float32(rng.uniform(0.1, 0.7) / np.sqrt(np.sum(response**2)))
+        response[0] = 1
+    size = fft.next_fast_len(len(wave) + tail, real=True)
+    spectrum = fft.rfft(wave, size)
+    if response is not None:
+        spectrum *= fft.rfft(response, size)
+    hertz = np.linspace(0, RATE / 2, len(spectrum), dtype=np.float32)
+    if rng.random() < 0.5:
+        knots = rng.uniform(-8, 8, 7)
+        decibels = np.interp(np.sqrt(hertz), np.linspace(0, np.sqrt(RATE / 2), 7), knots)
+        spectrum *= (10 ** (decibels / 20)).astype(np.float32)
+    line = rng.random()
+    if line < 0.15:
+        spectrum *= 1 / (1 + (hertz / 3600) ** 16) / (1 + (250 / (hertz + 1)) ** 8)
+    elif line < 0.3:
+        spectrum *= 1 / (1 + (hertz / rng.uniform(3600, 5500)) ** 20)
+    return np.asarray(fft.irfft(spectrum, size)[: len(wave)], np.float32)
+
+
+def augment(wave: Array, other: Callable[[], Array], rng: np.random.Generator, strength: float = 1.0) -> Array:
+    """A recording as it might have been: other speed, room, microphone, line, noise.
+
+    ``other`` gives more speech, for babble. ``strength``, 0 to 1, says how often: a short training learns more from
+    clips that are nearly as they were.
+    """
+    if rng.random() < 0.8:
+        wave = change_speed(wave, 1 + strength * rng.uniform(-0.16, 0.2))
+    if rng.random() < 0.25:
+        wave = np.pad(wave, rng.integers(0, RATE // 3, 2))
+    if rng.random() < 0.7 * strength:
+        wave = room_and_line(wave, rng)
+    kind = rng.random() / strength
+    if kind < 0.4:
+        wave = add_noise(wave, coloured_noise(len(wave), rng.uniform(0, 2), rng), rng.uniform(5, 35))
+    elif kind < 0.5:
+        babble = sum(np.resize(other(), len(wave)) for _ in range(4))
+        wave = add_noise(wave, np.asarray(babble, np.float32), rng.uniform(10, 30))
+    return wave
+
+
+def noise_clip(rng: np.random.Generator) -> Clip:
+    """Silence or noise, in which nothing is said."""
+    samples = int(rng.uniform(0.5, 3) * RATE)
+    level = 10 ** rng.uniform(-4, -1)
+    return Clip(as_samples(coloured_noise(samples, rng.uniform(0, 2), rng) * np.float32(level)), "", "")
+
+
+def normalize(wave: Array) -> Array:
+    """Zero mean, unit variance: what the model's processor does to each recording."""
+    return np.asarray((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), np.float32)
+
+
+def padded(waves: Iterable[Array]) -> tuple[Array, Array]:
+    """Recordings side by side, zeros behind the shorter ones: (b, n) and their lengths (b,)."""
+    waves = list(waves)
+    lengths = np.array([len(wave) for wave in waves])
+    out = np.zeros((len(waves), lengths.max()), np.float32)
+    for row, wave in zip(out, waves, strict=True):
+        row[: len(wave)] = wave
+    return out, lengths
