@@ -6,16 +6,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
+INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
+INSTALLED_SIM := $(VENV)/.installed-sim
+INSTALLED_CUDA := $(VENV)/.installed-cuda
+# Numba keeps a compiled kernel until that kernel's own file changes, even if a kernel it calls has changed: so a cache
+# for each set of files.
+NUMBA_CACHE = NUMBA_CACHE_DIR=$(CURDIR)/.numba/$$(cat sewd_np/cpu_*.py sewd_np/cuda_*.py | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity bench clean
+.PHONY: help demo test test-sim test-ptx test-gpu check parity bench bench-gpu notebooks notebooks-write clean
 
 help:
 	@echo "make demo               transcribe the bundled clip"
 	@echo "make test               run the tests"
+	@echo "make test-sim           run every CUDA kernel and a whole small model in Numba's simulator; needs no GPU"
+	@echo "make test-ptx           compile every CUDA kernel for three generations of GPUs; needs no GPU"
+	@echo "make test-gpu           compare the CUDA backend with the CPU and PyTorch on a GPU"
 	@echo "make check              ruff (lint and format) and mypy"
 	@echo "make parity MODEL=an4   compare a checkpoint with transformers, point by point"
 	@echo "make bench              time the Numba backend beside transformers and ONNX Runtime (15 minutes)"
+	@echo "make bench-gpu          time the CUDA backend beside transformers on a GPU"
+	@echo "make notebooks          run every notebook from a clean kernel; make notebooks-write keeps what they show"
 	@echo "make clean              remove .venv and everything built"
 	@echo
 	@echo "PYTHON=python3.12 make test   chooses the interpreter"
@@ -33,14 +44,35 @@ $(INSTALLED_TEST): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(INSTALLED)
 
+$(INSTALLED_NOTEBOOKS): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	@touch $@ $(INSTALLED)
+
+$(INSTALLED_SIM): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,simulator]'
+	@touch $@ $(INSTALLED) $(INSTALLED_TEST)
+
+$(INSTALLED_CUDA): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cuda]'
+	@touch $@ $(INSTALLED) $(INSTALLED_TEST)
+
 demo: $(INSTALLED)
 	$(BIN)/sewd-np transcribe
 
-# Two workers with one BLAS thread each: on two cores more of either only wait for one another. Numba keeps a compiled
-# kernel until that kernel's own file changes, even if a kernel it calls has changed: so a cache for each set of files.
+# Two workers with one BLAS thread each: on two cores more of either only wait for one another.
 test: $(INSTALLED_TEST)
-	NUMBA_CACHE_DIR=$(CURDIR)/.numba/$$(cat sewd_np/cpu_*.py | cksum | cut -d ' ' -f 1) \
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	$(NUMBA_CACHE) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# The simulator is chosen when Numba is first imported, so each of these is a process of its own.
+test-sim: $(INSTALLED_SIM)
+	NUMBA_ENABLE_CUDASIM=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/cuda/test_sim_*.py
+
+test-ptx: $(INSTALLED_CUDA)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/cuda/test_ptx_*.py
+
+test-gpu: $(INSTALLED_CUDA)
+	$(NUMBA_CACHE) $(BIN)/sewd-np info an4 --backend cuda
+	$(NUMBA_CACHE) $(BIN)/python -m pytest -q -m gpu tests/cuda/test_gpu_*.py
 
 check: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -53,6 +85,16 @@ parity: $(INSTALLED_TEST)
 bench: $(INSTALLED_TEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m benchmarks.cpu
+
+bench-gpu: $(INSTALLED_CUDA)
+	$(NUMBA_CACHE) $(BIN)/sewd-np info an4 --backend cuda
+	$(NUMBA_CACHE) $(BIN)/python -m benchmarks.gpu
+
+notebooks: $(INSTALLED_NOTEBOOKS)
+	$(NUMBA_CACHE) $(BIN)/python notebooks/run.py
+
+notebooks-write: $(INSTALLED_NOTEBOOKS)
+	$(NUMBA_CACHE) $(BIN)/python notebooks/run.py --write
 
 clean:
 	rm -rf $(VENV) .numba build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sewd_np.transcribe import Label, Transcript, classify, load, transcribe
 
 if TYPE_CHECKING:
+    from sewd_np.clips import clip
     from sewd_np.config import SEWDConfig
     from sewd_np.decoding import Word
     from sewd_np.model import SEWDForCTC, SEWDForSequenceClassification, SEWDModel
@@ -27,6 +28,7 @@ __all__ = [
     "Transcript",
     "Word",
     "classify",
+    "clip",
     "load",
     "transcribe",
 ]
@@ -39,6 +41,9 @@ _ROOM = {  # where to find a public name that is imported on first use
     "Trace": "trace",
     "trace": "trace",  # the room itself, for sewd_np.trace.report
     "Word": "decoding",
+    "ablate": "ablate",  # a room, for sewd_np.ablate.drop_head
+    "clip": "clips",
+    "plot": "plot",  # the package itself, for sewd_np.plot.attention
 }
 
 

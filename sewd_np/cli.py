@@ -1,4 +1,4 @@
-"""The command line: ``sewd-np transcribe``, ``classify`` and ``info``.
+"""The command line: ``sewd-np transcribe``, ``classify``, ``info``, ``plot`` and ``explain``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 all well; 2 something the user can mend,
 said in one sentence (a recording that cannot be used costs only its own line: the others are still printed);
@@ -18,13 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import sewd_np
-from sewd_np.transcribe import DEFAULT_BACKEND, DEFAULT_MODEL, Label, Transcript, classify, load_for, transcribe
+from sewd_np.clips import clip
+from sewd_np.page import KINDS
+from sewd_np.transcribe import (
+    DEFAULT_BACKEND,
+    DEFAULT_CLASSIFIER,
+    DEFAULT_MODEL,
+    Label,
+    Transcript,
+    classify,
+    load_for,
+    transcribe,
+)
 
 ASSETS = Path(__file__).parent / "assets"
-CLIP = ASSETS / "clips" / "enter-six-two-four.flac"
+CLIP = clip()
 
-# What a user can cause: a bad value, a bad file, a bad type in a file's contents, too long a recording.
-MENDABLE = (ValueError, OSError, TypeError, MemoryError)
+# What a user can cause: a bad value, a bad file, a bad type in a file's contents, too long a recording, a library that
+# belongs to an extra.
+MENDABLE = (ValueError, OSError, TypeError, MemoryError, ModuleNotFoundError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="*", metavar="FILE", help="recordings; a bundled clip where none is given")
     command.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: {DEFAULT_MODEL})")
     _add_common(command)
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="files that backend cuda works on at the same time; results do not depend on it (default: 1)",
+    )
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("classify", help="print the likeliest labels of recordings")
     command.add_argument("files", nargs="+", metavar="FILE", help="recordings")
-    command.add_argument("--model", help=f"{_MODEL_HELP}; no classifier is bundled, so it must be given")
+    default = f"(default: {DEFAULT_CLASSIFIER}, control words and digits)"
+    command.add_argument("--model", default=DEFAULT_CLASSIFIER, help=f"{_MODEL_HELP} {default}")
     command.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to print (default: 5)")
     _add_common(command)
     command.set_defaults(run=_classify)
@@ -75,19 +95,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--seconds", type=float, default=10.0, help="length of recording to count multiply-adds for (default: 10)"
     )
+    command.add_argument("--backend", help=f"also say what this backend would run on: {_BACKENDS}")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser("plot", help="draw one picture of what happens inside the model")
+    command.add_argument("kind", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
+    _add_look(command, "PICTURE", "file to write: .png, .svg or .pdf")
+    command.set_defaults(run=_plot)
+
+    command = commands.add_parser("explain", help="draw all pictures and a page that explains them")
+    _add_look(command, "FOLDER", "folder to write: a new or empty one, or an earlier page's")
+    command.set_defaults(run=_explain)
     return parser
 
 
 PATIENCE = 3.0  # seconds before the first result's delay is explained
-_COMPILING = (
-    "still at work: on its first run backend numba compiles its kernels, up to a minute, and keeps them on disk."
-)
+_COMPILING = "still at work: on its first run backend {} compiles its kernels, up to a minute, and keeps them on disk."
+_BACKENDS = "numpy, numba or cuda"
 _MODEL_HELP = "a bundled name, a folder, a weights file or a Hugging Face hub id"
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"numpy or numba (default: {DEFAULT_BACKEND})")
+    command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"{_BACKENDS} (default: {DEFAULT_BACKEND})")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads of backend numba (default: all cores)")
     command.add_argument(
         "--output-format",
@@ -97,15 +126,34 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_look(command: argparse.ArgumentParser, target: str, what: str) -> None:
+    command.add_argument(
+        "file", nargs="?", default=str(CLIP), metavar="FILE", help="recording (default: a bundled clip)"
+    )
+    command.add_argument("-o", "--output", required=True, type=Path, metavar=target, help=what)
+    command.add_argument("--layer", type=int, metavar="N", help="transformer layer, from 0 (default: the middle one)")
+    command.add_argument("--head", type=int, default=0, metavar="N", help="attention head, from 0 (default: 0)")
+    command.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: {DEFAULT_MODEL})")
+    command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"{_BACKENDS} (default: {DEFAULT_BACKEND})")
+
+
 def _transcribe(options: argparse.Namespace) -> int:
     model = load_for("ctc", options.model, options.backend, options.threads)
     if not options.files:
         _complain(f"no file given, so this is the bundled clip {CLIP.name}, made by text-to-speech.")
+    together = 1 if model.ops.one_by_one else max(options.batch_size, 1)  # transcribe refuses what is below 1
+
+    def recognize(paths: Sequence[str]) -> list[Transcript]:
+        if len(paths) == 1:
+            return [transcribe(paths[0], model=model, batch_size=options.batch_size)]
+        return transcribe(list(paths), model=model, batch_size=options.batch_size)
+
     return _for_each_file(
         options.files or [str(CLIP)],
-        lambda path: transcribe(path, model=model),
+        recognize,
         _transcript_json if options.output_format == "json" else _transcript_text,
-        options.backend == "numba",
+        options.backend,
+        together,
     )
 
 
@@ -113,9 +161,9 @@ def _classify(options: argparse.Namespace) -> int:
     model = load_for("classification", options.model, options.backend, options.threads)
     return _for_each_file(
         options.files,
-        lambda path: classify(path, model=model, top_k=options.top_k),
+        lambda paths: [classify(path, model=model, top_k=options.top_k) for path in paths],
         _labels_json if options.output_format == "json" else _labels_text,
-        options.backend == "numba",
+        options.backend,
     )
 
 
@@ -124,37 +172,91 @@ def _info(options: argparse.Namespace) -> int:
     from sewd_np.info import describe
 
     checkpoint = read_checkpoint(options.model)
-    print(describe(checkpoint.config, checkpoint.head, options.seconds))
+    page = describe(checkpoint.config, checkpoint.head, options.seconds)
+    if options.backend is not None:
+        from sewd_np.backend import get_operations
+
+        runs_on = get_operations(options.backend).describe()
+        page += "\n\nRuns on\n" + "\n".join(f"  {name}: {value}" for name, value in runs_on.items())
+    print(page)
     if checkpoint.folder is not None and checkpoint.folder.parent == ASSETS:
         print("\n" + (checkpoint.folder / "README.md").read_text(encoding="utf-8"), end="")
     sys.stdout.flush()
     return 0
 
 
+def _plot(options: argparse.Namespace) -> int:
+    from sewd_np import explain
+
+    explain.check_picture(options.output)
+    picture = explain.figure(_look(options, options.kind), options.kind)
+    explain.write_picture(picture, options.output)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from sewd_np import explain
+
+    explain.check_folder(options.output)
+    explain.write_page(_look(options, None), options.output, f"{Path(options.file).name} in {options.model}")
+    _complain(f"{options.output / 'index.html'} shows {Path(options.file).name}; open it in a browser.")
+    return 0
+
+
+def _look(options: argparse.Namespace, kind: str | None) -> Any:
+    """One run over the recording, with what this kind of picture needs, or (None) all of them."""
+    from sewd_np import explain
+
+    waiting = _patience(options.backend)
+    try:
+        model = sewd_np.load(options.model, backend=options.backend)
+        return explain.look(model, options.model, options.file, kind, options.layer, options.head)
+    finally:
+        waiting.cancel()
+
+
 def _for_each_file(
-    files: Sequence[str], recognize: Callable[[str], Any], form: Callable[[str, Any, bool], str], compiles: bool
+    files: Sequence[str],
+    recognize: Callable[[Sequence[str]], list[Any]],
+    form: Callable[[str, Any, bool], str],
+    backend: str,
+    together: int = 1,
 ) -> int:
     """Print each file's result as soon as it is there; a file that fails is complained of and passed over.
 
-    ``form`` gets the file, its result and whether it is one of several. ``compiles``: the first result may be long in
-    coming because kernels are compiled, and the user is told so.
+    ``recognize`` gets ``together`` files at a time, or one. ``form`` gets a file, its result and whether it is one of
+    several. ``backend``: some compile kernels, so that the first result is long in coming, and the user is told so.
     """
     code = 0
-    waiting = threading.Timer(PATIENCE, _complain, [_COMPILING]) if compiles else None
-    if waiting is not None:
-        waiting.daemon = True
-        waiting.start()
-    for path in files:
-        try:
-            result = recognize(path)
-        except MENDABLE as error:
-            _complain(_sentence(error), path)
-            code = 2
-        else:
-            print(form(path, result, len(files) > 1), flush=True)
-        if waiting is not None:
-            waiting.cancel()
+    waiting = _patience(backend)
+    for start in range(0, len(files), together):
+        for path, result in _results(files[start : start + together], recognize):
+            if isinstance(result, MENDABLE):
+                _complain(_sentence(result), path)
+                code = 2
+            else:
+                print(form(path, result, len(files) > 1), flush=True)
+        waiting.cancel()
     return code
+
+
+def _results(paths: Sequence[str], recognize: Callable[[Sequence[str]], list[Any]]) -> list[tuple[str, Any]]:
+    """Each file with its result, or with the error that kept it from one; where one of several fails, one by one."""
+    try:
+        return list(zip(paths, recognize(paths), strict=True))
+    except MENDABLE as error:
+        if len(paths) == 1:
+            return [(paths[0], error)]
+    return [pair for path in paths for pair in _results([path], recognize)]
+
+
+def _patience(backend: str) -> threading.Timer:
+    """A timer that explains a long wait on a backend that compiles; cancel it when the first result is there."""
+    waiting = threading.Timer(PATIENCE, _complain, [_COMPILING.format(backend)])
+    waiting.daemon = True
+    if backend != "numpy":
+        waiting.start()
+    return waiting
 
 
 def _transcript_text(path: str, transcript: Transcript, several: bool) -> str:
@@ -162,7 +264,8 @@ def _transcript_text(path: str, transcript: Transcript, several: bool) -> str:
 
 
 def _transcript_json(path: str, transcript: Transcript, several: bool) -> str:
-    return json.dumps({"file": path, **dataclasses.asdict(transcript)})
+    words = [dataclasses.asdict(word) for word in transcript.words]
+    return json.dumps({"file": path, "text": transcript.text, "words": words, "duration": transcript.duration})
 
 
 def _labels_text(path: str, labels: list[Label], several: bool) -> str:

@@ -3,14 +3,15 @@
     read -> one channel at the model's rate -> processor (normalise) -> model -> greedy CTC -> words with times
                                                                               -> softmax -> labels with scores
 
-Each recording goes through the model by itself, so what it gives never depends on what else is in the list.
+Each recording goes through the model by itself, or in a batch in which nobody sees the others' padding: what it gives
+never depends on what else is in the list.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from sewd_np.decoding import Word
     from sewd_np.model import SEWDModel
+    from sewd_np.trace import Edit
 
 # The other rooms are imported where they are used: `import sewd_np` imports this one.
 
@@ -26,6 +28,7 @@ Several = list[Any] | tuple[Any, ...]
 Result = TypeVar("Result")
 
 DEFAULT_MODEL = "an4"
+DEFAULT_CLASSIFIER = "keywords"
 DEFAULT_BACKEND = "numpy"
 HEADS = {  # what a task needs: the head, and how to say so
     "ctc": ("transcribe", "a CTC head", "choose a checkpoint fine-tuned for speech recognition"),
@@ -33,17 +36,36 @@ HEADS = {  # what a task needs: the head, and how to say so
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a transcript was read from: what ``plot.transcript`` draws.
+
+    wave_n: the sound as the model's processor got it, one channel of ``sampling_rate`` samples a second. log_probs_sv:
+    log-probability of every token in every frame, float32. tokens: the v tokens by id; ``blank`` is the id of CTC's
+    blank among them. seconds_per_frame: 0.02 for every published model.
+    """
+
+    wave_n: np.ndarray
+    sampling_rate: int
+    log_probs_sv: np.ndarray
+    tokens: tuple[str, ...]
+    blank: int
+    seconds_per_frame: float
+
+
 @dataclass(frozen=True)
 class Transcript:
     """What was said in one recording.
 
     text: as transformers' processor decodes it, so with two spaces where the model emits two word delimiters. words:
-    the same words in order, with times in seconds. duration: seconds.
+    the same words in order, with times in seconds. duration: seconds. evidence: only where it was asked for; two
+    transcripts are equal whatever evidence they keep.
     """
 
     text: str
     words: tuple[Word, ...]
     duration: float
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,8 @@ def load(
 
     The class (``SEWDModel``, ``SEWDForCTC``, ``SEWDForSequenceClassification``) follows from the head that the
     checkpoint has. ``backend`` "numpy" runs the definitions, "numba" compiled kernels on ``threads`` threads (None: all
-    cores); ``dtype`` float64 computes in double precision, on "numpy" only. See ``checkpoint.load_model`` for errors.
+    cores), "cuda" kernels on an NVIDIA GPU; ``dtype`` float64 computes in double precision, on "numpy" only.
+    See ``checkpoint.load_model`` for errors.
     """
     from sewd_np.checkpoint import load_model
 
@@ -77,6 +100,9 @@ def transcribe(
     sampling_rate: float | None = ...,
     progress: bool = ...,
     threads: int | None = ...,
+    evidence: bool = ...,
+    edit: Edit | None = ...,
+    batch_size: int = ...,
 ) -> list[Transcript]: ...
 @overload
 def transcribe(
@@ -86,6 +112,9 @@ def transcribe(
     sampling_rate: float | None = ...,
     progress: bool = ...,
     threads: int | None = ...,
+    evidence: bool = ...,
+    edit: Edit | None = ...,
+    batch_size: int = ...,
 ) -> Transcript: ...
 def transcribe(
     audio: Recording | Several,
@@ -94,6 +123,9 @@ def transcribe(
     sampling_rate: float | None = None,
     progress: bool = False,
     threads: int | None = None,
+    evidence: bool = False,
+    edit: Edit | None = None,
+    batch_size: int = 1,
 ) -> Transcript | list[Transcript]:
     """Transcribe a recording, or each of a list (or tuple) of them.
 
@@ -102,6 +134,11 @@ def transcribe(
     threads: CPU threads of backend "numba", all cores if not given.
     sampling_rate: samples per second of arrays, the model's own (16,000) if not given; a file says its own.
     progress: draw a bar on standard error.
+    evidence: keep the sound and the probabilities with the transcript, for ``plot.transcript`` and ``plot.attention``.
+    edit: change intermediates of the model on the way, as in a model call; ``ablate`` has ready ones.
+    batch_size: recordings of a list that a GPU (backend "cuda") works on at the same time; a batch takes recordings of
+    about one length. Each result is what it would be alone, and they come in the order of the list. The other backends
+    gain nothing from running recordings together and take them one by one, whatever ``batch_size``.
 
     Returns a ``Transcript``, or a list of them for a list. An unusable recording in a list stops the call, and the
     error says which it was: ``audio[2]: ...``.
@@ -109,8 +146,17 @@ def transcribe(
     Raises ``AudioError``, ``OSError`` and ``MemoryError`` for a recording, ``ValueError`` for a model without a CTC
     head, and what ``load`` raises.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1.")
     recognizer = load_for("ctc", model, backend, threads)
-    return _each(audio, lambda recording: _transcript(recognizer, recording, sampling_rate), progress)
+    if batch_size > 1 and isinstance(audio, list | tuple) and not recognizer.ops.one_by_one:
+        return _in_batches(recognizer, audio, int(batch_size), sampling_rate, progress, edit, evidence)
+
+    def one(recording: Any) -> Transcript:
+        wave_n = hear(recognizer, recording, sampling_rate)
+        return read_transcript(recognizer, wave_n, _logits(recognizer, [wave_n], edit)[0], evidence)
+
+    return _each(audio, one, progress)
 
 
 @overload
@@ -135,7 +181,7 @@ def classify(
 ) -> list[Label]: ...
 def classify(
     audio: Recording | Several,
-    model: Any = None,
+    model: Any = DEFAULT_CLASSIFIER,
     backend: str = DEFAULT_BACKEND,
     sampling_rate: float | None = None,
     progress: bool = False,
@@ -145,7 +191,8 @@ def classify(
     """The ``top_k`` likeliest labels of a recording, best first, or of each of a list; all if there are fewer.
 
     score[l] = exp(logit[l]) / Σ_m exp(logit[m]), whatever ``top_k``. Arguments and errors otherwise as for
-    ``transcribe``, but no classifier is bundled, so ``model`` must be given.
+    ``transcribe``. The bundled classifier knows control words and digits, one in a recording; ``sewd-np info keywords``
+    lists them.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
         raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
@@ -161,10 +208,8 @@ def load_for(head: str, model: Any, backend: str, threads: int | None = None) ->
     from sewd_np.model import SEWDModel
 
     task, needed, advice = HEADS[head]
-    if model is None and head == "ctc":
-        model = DEFAULT_MODEL
     if model is None:
-        raise ValueError(f"{task} needs a model: none with {needed} is bundled; give a folder or a hub id.")
+        model = DEFAULT_MODEL if head == "ctc" else DEFAULT_CLASSIFIER
     if isinstance(model, SEWDModel):
         if threads is not None or backend not in (DEFAULT_BACKEND, model.ops.name):
             raise ValueError(
@@ -185,8 +230,11 @@ def load_for(head: str, model: Any, backend: str, threads: int | None = None) ->
     return loaded
 
 
-def _each(audio: Any, recognize: Callable[[Any], Result], progress: bool) -> Any:
-    """``recognize`` applied to a recording, or to each of a list, one in memory at a time."""
+def _each(audio: Any, recognize: Callable[[Any], Result], progress: bool, first: int = 0) -> Any:
+    """``recognize`` applied to a recording, or to each of a list, one in memory at a time.
+
+    An error names the recording of a list, counted from ``first``.
+    """
     from sewd_np.audio import AudioError
 
     several = isinstance(audio, list | tuple)
@@ -196,7 +244,7 @@ def _each(audio: Any, recognize: Callable[[Any], Result], progress: bool) -> Any
 
         recordings = tqdm(recordings, unit="recording")
     results = []
-    for index, recording in enumerate(recordings):
+    for index, recording in enumerate(recordings, first):
         try:
             results.append(recognize(recording))
         except (AudioError, OSError, MemoryError) as error:
@@ -208,31 +256,97 @@ def _each(audio: Any, recognize: Callable[[Any], Result], progress: bool) -> Any
     return results if several else results[0]
 
 
-def _logits(model: SEWDModel, recording: Any, sampling_rate: float | None) -> tuple[np.ndarray, float]:
-    """A model's logits for one recording, without the batch axis, and the recording's duration in seconds."""
+SORTED_BATCHES = 16  # read ahead and sorted by length together: padding costs time, all of a long list costs memory
+
+
+def _in_batches(
+    model: SEWDModel,
+    audio: Several,
+    batch_size: int,
+    sampling_rate: float | None,
+    progress: bool,
+    edit: Edit | None,
+    evidence: bool,
+) -> list[Transcript]:
+    """Transcripts of a list, ``batch_size`` recordings of about one length at a time, in the order of the list."""
+    results: dict[int, Transcript] = {}
+    window = SORTED_BATCHES * batch_size
+    starts: Iterable[int] = range(0, len(audio), window)
+    if progress:
+        from tqdm import tqdm
+
+        starts = tqdm(starts, unit_scale=window, unit="recording")
+    for start in starts:
+        waves = _each(
+            list(audio[start : start + window]),
+            lambda recording: hear(model, recording, sampling_rate),
+            progress=False,
+            first=start,
+        )
+        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
+        for chosen in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+            together = _logits(model, [waves[i] for i in chosen], edit)
+            for i, logits_sv in zip(chosen, together, strict=True):
+                results[start + i] = read_transcript(model, waves[i], logits_sv, evidence)
+    return [results[i] for i in range(len(audio))]
+
+
+def hear(model: SEWDModel, recording: Any, sampling_rate: float | None = None) -> np.ndarray:
+    """A recording as a model's processor takes it: (n,) float32, one channel at the model's sampling rate.
+
+    Raises what ``audio.load_audio`` raises, and ``AudioError`` for a recording shorter than the model's minimum.
+    """
     from sewd_np.audio import check_length, load_audio
 
-    processor = model.processor
-    assert processor is not None
-    rate = processor.feature_extractor.sampling_rate
+    assert model.processor is not None
+    rate = model.processor.feature_extractor.sampling_rate
     wave_n = load_audio(recording, sampling_rate, rate)
     check_length(wave_n, model.config.minimum_samples, rate)
-    logits = model(processor(wave_n, sampling_rate=rate)["input_values"]).logits
+    return wave_n
+
+
+def _logits(model: SEWDModel, waves: list[np.ndarray], edit: Edit | None = None) -> list[np.ndarray]:
+    """A model's logits for each of what ``hear`` returned, as if it came alone, without the batch axis."""
+    assert model.processor is not None
+    rate = model.processor.feature_extractor.sampling_rate
+    inputs = [model.processor(wave_n, sampling_rate=rate)["input_values"][0] for wave_n in waves]
+    lengths = [len(input_n) for input_n in inputs]
+    values_bn = np.zeros((len(inputs), max(lengths)), inputs[0].dtype)
+    for row, input_n in zip(values_bn, inputs, strict=True):
+        row[: len(input_n)] = input_n
+    mask_bn = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int32)
+    even = min(lengths) == max(lengths)  # then there is no padding to speak of
+    logits = model(values_bn, None if even else mask_bn, padding="alone", edit=edit).logits
     assert logits is not None
-    return logits[0], len(wave_n) / rate
+    if model.head == "classification":
+        return list(logits)
+    return [logits_sv[: model.config.frames(length)] for logits_sv, length in zip(logits, lengths, strict=True)]
 
 
-def _transcript(model: SEWDModel, recording: Any, sampling_rate: float | None) -> Transcript:
+def read_transcript(model: SEWDModel, wave_n: np.ndarray, logits_sv: np.ndarray, evidence: bool = False) -> Transcript:
+    """The transcript of logits (s, v) that a CTC model gave for ``wave_n``, with its evidence where asked for."""
     from sewd_np.decoding import greedy, words
+    from sewd_np.losses import log_softmax
 
     processor = model.processor
     assert processor is not None and processor.tokenizer is not None
-    logits_sv, duration = _logits(model, recording, sampling_rate)
-    seconds_per_frame = model.config.inputs_to_logits_ratio / processor.feature_extractor.sampling_rate
+    tokenizer, rate = processor.tokenizer, processor.feature_extractor.sampling_rate
+    duration, seconds_per_frame = len(wave_n) / rate, model.config.inputs_to_logits_ratio / rate
+    kept = None
+    if evidence:
+        kept = Evidence(
+            wave_n=wave_n.copy(),
+            sampling_rate=rate,
+            log_probs_sv=log_softmax(logits_sv).astype(np.float32),
+            tokens=tuple(tokenizer.tokens(np.arange(logits_sv.shape[-1]))),
+            blank=model.config.pad_token_id,
+            seconds_per_frame=seconds_per_frame,
+        )
     return Transcript(
-        text=processor.tokenizer.decode(greedy(logits_sv)),
-        words=tuple(words(logits_sv, processor.tokenizer, seconds_per_frame, duration)),
+        text=tokenizer.decode(greedy(logits_sv)),
+        words=tuple(words(logits_sv, tokenizer, seconds_per_frame, duration)),
         duration=duration,
+        evidence=kept,
     )
 
 
@@ -240,7 +354,7 @@ def _labels(model: SEWDModel, recording: Any, sampling_rate: float | None) -> li
     """All labels, best first; of equal scores the lower id first."""
     from sewd_np.losses import log_softmax
 
-    logits_l, _ = _logits(model, recording, sampling_rate)
+    logits_l = _logits(model, [hear(model, recording, sampling_rate)])[0]
     scores_l = np.exp(log_softmax(logits_l))
     order = np.argsort(-scores_l, kind="stable")
     return [Label(model.config.id2label[int(i)], float(scores_l[i])) for i in order]

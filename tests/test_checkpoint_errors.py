@@ -101,7 +101,7 @@ def test_sources_that_are_nowhere(tmp_path: Path) -> None:
     refused("./absent", "no such file or folder")
     refused("absent/model.safetensors", "no such file or folder")
     for source in ("absent", "a/b/c", "owner/na me", "", "owner/", "owner/a--b", "https://host/owner/name"):
-        refused(source, "is no bundled model (an4)", "owner/name")
+        refused(source, "is no bundled model (an4, keywords)", "owner/name")
 
 
 def test_folders_that_lack_a_part(folder: Path) -> None:

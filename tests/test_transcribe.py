@@ -171,9 +171,11 @@ def test_top_k_must_be_a_count(classifier: SEWDModel, top_k: Any) -> None:
         sewd_np.classify(noise(4000), model=classifier, top_k=top_k)
 
 
-def test_no_classifier_is_bundled() -> None:
-    with pytest.raises(ValueError, match=r"classify needs a model.*is bundled"):
-        sewd_np.classify(noise(4000))
+def test_the_bundled_classifier_is_the_default() -> None:
+    labels = sewd_np.classify(noise(16_000), top_k=100)
+    assert labels == sewd_np.classify(noise(16_000), model="keywords", top_k=100)
+    assert {label.label for label in labels} >= {"yes", "no", "zero", "nine", "unknown"}
+    assert len(labels) == 20
 
 
 # ---------------------------------------------------------------------------- errors

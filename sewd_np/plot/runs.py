@@ -55,8 +55,10 @@ def compare(trace_a: Any, trace_b: Any, tolerance: float = 1e-4, names: tuple[st
     errors = np.array([row.error for row in rows])
     drawable = np.isfinite(errors)
     positive = errors[drawable & (errors > 0)]
-    floor = 10.0 ** math.floor(math.log10(min(positive.min(initial=tolerance), tolerance)) - 1)
-    ceiling = 10.0 ** math.ceil(math.log10(max(positive.max(initial=tolerance), tolerance)) + 1.5)
+    lowest = math.floor(math.log10(min(positive.min(initial=tolerance), tolerance)) - 1)
+    highest = math.log10(max(positive.max(initial=tolerance), tolerance))
+    # The top of the panel stays free of marks: the first point that differs is named there.
+    floor, ceiling = 10.0**lowest, 10.0 ** math.ceil(max(highest + 1.5, lowest + (highest - lowest) / 0.85))
     heights = np.where(drawable, np.maximum(errors, floor), ceiling)
 
     figure = new_figure(4.6)
