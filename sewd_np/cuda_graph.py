@@ -29,7 +29,7 @@ def capture_graph(stream: Any, work: Work) -> Callable[[], None]:
     from cuda.core import Stream
 
     own = Stream.from_handle(int(stream.handle))
-    # "relaxed": should a place be missing after all, asking the driver for memory is allowed during the recording.
+    # "relaxed": numba may give memory back to the driver, and a place may be missing; the other modes forbid both.
     builder = own.create_graph_builder().begin_building("relaxed")
     try:
         work()

@@ -91,7 +91,9 @@ class Device:
             return value
 
         self.queue.forget()
-        return upload(w._replace(rel_embeddings=None, rel_embeddings_normed=None, layer_weights=None))._replace(
+        on_device = upload(w._replace(rel_embeddings=None, rel_embeddings_normed=None, layer_weights=None))
+        self.queue.wait()  # until then the host arrays are held
+        return on_device._replace(
             rel_embeddings=w.rel_embeddings,
             rel_embeddings_normed=w.rel_embeddings_normed,
             layer_weights=w.layer_weights,
@@ -112,7 +114,7 @@ class Device:
         lengths = np.clip(lengths_b, 0, most).astype(np.int32)
         key = lengths.tobytes()
         if key not in self.lengths:
-            self.lengths[key] = cuda.to_device(lengths)
+            self.lengths[key] = self.queue.upload(lengths)
             if len(self.lengths) > KEPT_LENGTHS:
                 self.lengths.popitem(last=False)
         self.lengths.move_to_end(key)
@@ -239,7 +241,7 @@ class Device:
 
     def spec_augment(self, x_bsd: DeviceArray, mask_bs: Array, embed_d: DeviceArray) -> DeviceArray:
         out = self._take(*x_bsd.shape)
-        marks = cuda.to_device(np.ravel(mask_bs).astype(np.int32))
+        marks = self.queue.upload(np.ravel(mask_bs).astype(np.int32))
         cuda_kernels.spec_augment(self.stream, x_bsd.data, marks, embed_d.data, out.data)
         return out
 
@@ -312,7 +314,7 @@ class Device:
         if not tables or 2 * frames > len(tables[-1]) + 1:
             # Shorter tables stay, as graphs may read them; all together are no longer than the longest.
             most = max(SHORTEST_ROWS, 1 << (frames - 1).bit_length())
-            tables.append(cuda.to_device(cuda_attention.relative_rows(most, *key)))
+            tables.append(self.queue.upload(cuda_attention.relative_rows(most, *key)))
         middle = len(tables[-1]) // 2
         return DeviceArray(tables[-1][middle - frames + 1 : middle + frames], None)
 

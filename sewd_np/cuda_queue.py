@@ -2,7 +2,8 @@
 
 A queue has one stream, so work runs in the order in which it was started, and one lock: threads may share a model, and
 their passes take turns. Python is some kernels ahead of the GPU and waits for it in ``to_numpy`` alone. Passes of short
-clips are recorded as graphs and replayed (``cuda_graph``).
+clips are recorded as graphs and replayed (``cuda_graph``). Nothing uses CUDA's default stream: it would wait for every
+other stream of the process, and must not while a pass of another queue is being recorded.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Queue:
         self.lock = threading.RLock()
         self.capture = capture
         self.recordings = Recordings()
+        # Host arrays on their way to the device: where the GPU reads main memory itself, a copy may begin after the
+        # call that asks for it.
+        self.sent: list[Array] = []
 
     def from_numpy(self, array: Any) -> DeviceArray:
         """A copy of an array on the device, float32. What is there already stays as it is."""
@@ -49,6 +53,18 @@ class Queue:
             self._fill(out, array)
         return out
 
+    def upload(self, array: Array) -> Any:
+        """A copy on the device, of any dtype and in memory of its own: for what is small and not the pool's."""
+        with self.lock:
+            self.sent.append(array)
+            return cuda.to_device(array, stream=self.stream)
+
+    def wait(self) -> None:
+        """Until the GPU has done everything before."""
+        with self.lock:
+            self.stream.synchronize()
+            self.sent.clear()
+
     def to_numpy(self, array: Any) -> Array:
         """A copy on the host, after everything before it has run. What is there already stays as it is."""
         if not isinstance(array, DeviceArray):
@@ -56,14 +72,15 @@ class Queue:
         with self.lock:
             out = np.empty(array.shape, array.data.dtype)
             array.data.copy_to_host(out, stream=self.stream)
-            self.stream.synchronize()
+            self.wait()
         return out
 
     def run(self, forward: Forward, wave_bn: Array, weights: Any, repeatable: bool) -> tuple[Any, Any]:
         """forward(wave_bn), from the second time on for one shape by replaying a recording of what it launches.
 
         Only where ``repeatable``, that is where all that ``forward`` does depends on ``weights`` and the shape, and
-        where the samples are few. Nothing returned shares memory with the recording.
+        where the samples are few. Nothing returned shares memory with the recording. A pass for which there is no room
+        beside the pool's is not recorded.
         """
         with self.lock, warnings.catch_warnings():
             # Numba warns of every launch of few blocks; a short clip has nothing else.
@@ -76,7 +93,9 @@ class Queue:
                 if not self.recordings.comes_again(key):
                     return forward(wave_bn)
                 recording = self._record(self.capture, forward, wave_bn, weights)
-                self.stream.synchronize()  # one that makes room for this one may still be running
+                if recording is None:
+                    return forward(wave_bn)
+                self.wait()  # one that makes room for this one may still be running
                 self.recordings.keep(key, recording)
             self._fill(recording.samples, wave_bn)
             recording.launch()
@@ -86,26 +105,37 @@ class Queue:
     def forget(self) -> None:
         """Drop every recording: what they read has changed."""
         with self.lock:
-            self.stream.synchronize()
+            self.wait()
             self.recordings.clear()
 
-    def _record(self, capture: Capture, forward: Forward, wave_bn: Array, weights: Any) -> Recording:
-        """Run ``forward`` in a pool of its own, which then has every place that it needs, and again to record it."""
+    def _record(self, capture: Capture, forward: Forward, wave_bn: Array, weights: Any) -> Recording | None:
+        """Run ``forward`` in a pool of its own, which then has every place that it needs, and again to record it.
+
+        None where the device has no room for that. A pool that is full gives up the places on its shelves, but kernels
+        put down already would write to them: so what asked for memory while it was recorded does not count either.
+        """
         own, shared = new_pool(), self.pool
         self.pool = own
         try:
             samples = own.take(*wave_bn.shape)
             self._fill(samples, wave_bn)
             forward(samples)
+            asked = own.asked
             results: list[Any] = []
             launch = capture(self.stream, lambda: results.extend(forward(samples)))
+        except MemoryError:
+            return None
         finally:
             self.pool = shared
+        if own.asked != asked:
+            return None
         hidden, logits = results
         return Recording(samples, (hidden, logits), launch, own, weights)
 
     def _fill(self, target: DeviceArray, array: Array) -> None:
-        target.data.copy_to_device(np.ascontiguousarray(array, np.float32), stream=self.stream)
+        array = np.ascontiguousarray(array, np.float32)
+        self.sent.append(array)
+        target.data.copy_to_device(array, stream=self.stream)
 
     def _copy(self, source: DeviceArray) -> DeviceArray:
         out = self.pool.take(*source.shape)

@@ -145,7 +145,7 @@ def test_a_thousand_calls_take_no_more_memory(tiny: tuple[Any, Any, Any]) -> Non
         gpu(inputs[number % 4])
         if number == 20:
             before = free_bytes(cuda)
-    assert free_bytes(cuda) == before
+    assert free_bytes(cuda) >= before  # memory of earlier tests may come back meanwhile: numba returns it late
     for logits, copy in zip(kept, copies, strict=True):
         np.testing.assert_array_equal(logits, copy)
 
@@ -162,6 +162,29 @@ def test_threads_share_a_model(tiny: tuple[Any, Any, Any]) -> None:
         member.join()
     for i, logits in enumerate(want):
         assert error_between(got[i], logits) <= ALONE
+
+
+def test_two_models_record_in_two_threads(tiny: tuple[Any, Any, Any]) -> None:
+    """Each on a stream of its own: neither's copies and new memory disturb what the other is recording."""
+    _, gpu, _ = tiny
+    inputs = [peers.audio(1 + 0.1 * i, seed=i) for i in range(6)]
+    want = [gpu(wave_bn).logits for wave_bn in inputs]
+    models = [on_device(gpu, open_device()) for _ in range(2)]
+    got: dict[tuple[int, int, int], Array] = {}
+
+    def work(member: int) -> None:
+        for i, wave_bn in enumerate(inputs):
+            for turn in range(3):
+                got[member, i, turn] = models[member](wave_bn).logits
+
+    members = [threading.Thread(target=work, args=(member,)) for member in range(2)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    assert len(got) == 2 * 6 * 3, "a thread that failed leaves gaps"
+    for (_, i, _), logits in got.items():
+        assert error_between(logits, want[i]) <= ALONE
 
 
 def test_no_room_says_what_was_asked(tiny: tuple[Any, Any, Any]) -> None:

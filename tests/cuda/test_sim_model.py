@@ -19,12 +19,12 @@ from numba import cuda
 from numba.cuda.simulator.kernel import FakeCUDAKernel
 
 import sewd_np
-from sewd_np import cuda_attention, cuda_conv, cuda_cublas, cuda_gemm, cuda_tiled_attention
+from sewd_np import cuda_attention, cuda_conv, cuda_cublas, cuda_gemm, cuda_queue, cuda_tiled_attention
 from sewd_np.backend import NUMPY, Operations, device_operations, get_operations
 from sewd_np.config import SEWDConfig
 from sewd_np.cuda_attention import relative_rows
 from sewd_np.cuda_launch import Device
-from sewd_np.cuda_memory import DeviceArray
+from sewd_np.cuda_memory import DeviceArray, Pool
 from sewd_np.model import SEWDForCTC, SEWDForSequenceClassification, SEWDModel
 from sewd_np.params import random_params
 from sewd_np.trace import Trace, compare, error_between, points
@@ -352,6 +352,35 @@ def test_a_short_clip_is_recorded_and_replayed() -> None:
         assert_close(gpu(inputs[0]), other(inputs[0]))
     gpu.weights = first
     assert_close(gpu(inputs[0]), numpy(inputs[0]))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("room", [0, 3, 10**9])
+def test_a_pass_is_recorded_only_where_it_finds_room(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Room for so many arrays: for none, for some, for all, but then one is missing while the pass is recorded."""
+
+    def new_pool() -> Pool:
+        def allocate(numbers: int) -> Any:
+            if pool.asked >= room:
+                raise MemoryError("the GPU has no room")
+            return cuda.device_array(numbers, np.float32)
+
+        pool = Pool(allocate)
+        return pool
+
+    def capture(stream: Any, work: Callable[[], Any]) -> Callable[[], None]:
+        device.queue.pool.release()
+        return record_launches(stream, work)
+
+    device = Device(capture=capture)
+    numpy, gpu = pair("published", device)
+    monkeypatch.setattr(cuda_queue, "new_pool", new_pool)
+    wave_bn = waves(numpy, 1, 9)
+    pool = device.queue.pool
+    for _ in range(3):
+        assert_close(gpu(wave_bn), numpy(wave_bn))
+    assert not device.queue.recordings.kept and device.queue.pool is pool
+    assert not device.queue.sent, "host arrays are let go once they have arrived"
 
 
 @pytest.mark.usefixtures("small_tiles")
