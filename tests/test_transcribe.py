@@ -236,3 +236,10 @@ def test_arguments_that_a_loaded_model_cannot_follow_are_refused() -> None:
 def test_no_model_means_the_bundled_one() -> None:
     wave = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     assert sewd_np.transcribe(wave, model=None) == sewd_np.transcribe(wave)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.001, 0.1])
+def test_the_bundled_model_hears_nothing_in_silence_and_noise(level: float) -> None:
+    for seconds in (0.5, 3):
+        wave = level * noise(int(seconds * 16_000))
+        assert sewd_np.transcribe(wave).text == ""
