@@ -344,13 +344,13 @@ def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Names
 def draw_curve(history: list[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
     minutes = [row["minutes"] for row in history]
-    axis.plot(minutes, [100 * row["wer"] for row in history], "o-", color="#0072b2", label="dev WER (%)")
-    axis.plot(minutes, [100 * row["loss"] for row in history], color="#d55e00", label="100 × training loss per letter")
-    axis.set(xlabel="minutes of training", ylim=(0, 105))
-    axis.legend()
+    upper.plot(minutes, [100 * row["wer"] for row in history], "o-", color="#0072b2")
+    upper.set(ylabel="dev WER [%]", ylim=(0, None))
+    lower.plot(minutes, [row["loss"] for row in history], "o-", color="#d55e00")
+    lower.set(xlabel="minutes of training", ylabel="training loss per letter", ylim=(0, None))
     figure.savefig(path, dpi=110)
 
 

@@ -125,7 +125,7 @@ def accuracy(model: Any, words: Sequence[Word]) -> tuple[float, int]:
     return float(np.mean(right)), len(right)
 
 
-def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[float, int]]) -> None:
+def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[float, int]], minutes: float) -> None:
     """The folder that sewd_np bundles: the tensors that were trained, and a configuration naming the encoder shared."""
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items() if name in learned}
@@ -141,7 +141,7 @@ def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[
     for name in ("preprocessor_config.json", "NOTICE-AN4.txt", "NOTICE-LIBRISPEECH.txt"):
         shutil.copyfile(recognizer / name, folder / name)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % | {count} |" for name, (share, count) in figures.items())
-    card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows)
+    card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows).replace("{MINUTES}", f"{minutes:g}")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     }
     for name, (share, count) in figures.items():
         print(f"{name}: {100 * share:.1f} % of {count}")
-    export(options.out, options.recognizer, model, figures)
+    export(options.out, options.recognizer, model, figures, options.minutes)
 
 
 if __name__ == "__main__":

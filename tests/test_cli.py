@@ -193,7 +193,7 @@ def test_info_prints_everything(capsys: Captured) -> None:
         "50/s, 25/s",
         "400 samples (25 ms)",
         "720 samples (45 ms)",
-        "3,430,847",
+        "3,431,039",
         "for 2 s",
         "hidden_size: 192",
     ):
