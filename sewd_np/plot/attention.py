@@ -242,6 +242,8 @@ def disentangle(
     panel.plot(distance * seconds_per_frame, mean, marker=marker, color="black", linewidth=1.6, label="sum", zorder=1)
     panel.axhline(0, color="0.7", linewidth=0.6, zorder=0)
     panel.set(title="mean score at each distance", xlabel="key − query [s]", ylabel="score")
-    panel.legend(frameon=False)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high + 0.15 * (high - low))  # the legend lies above the curves
+    panel.legend(frameon=False, ncols=4, loc="upper center", handlelength=1, columnspacing=1)
     figure.suptitle(f"Layer {layer}, head {head}: the score taken apart")
     return figure
