@@ -110,6 +110,7 @@ def synthesize(count: int, folder: Path, seed: int, texts: Sequence[str] = ()) -
 
     Kept as one file under ``folder``, so that a second run reads them. An empty list where neither program is found.
     """
+    count = len(texts) or count
     store = folder / f"spoken-{count}-{seed}.npz"
     if not store.exists():
         flite, espeak = shutil.which("flite"), shutil.which("espeak-ng")

@@ -27,7 +27,6 @@ from sewd_np.cuda_unroll import static_range, unrolled
 cuda: Any = importlib.import_module("numba.cuda")
 float32: Any = numba.float32
 int32: Any = numba.int32
-int64: Any = numba.int64
 SIMULATED = bool(importlib.import_module("numba.core.config").ENABLE_CUDASIM)
 ALL_LANES = 0xFFFFFFFF
 
@@ -43,7 +42,6 @@ __all__ = [
     "group_max",
     "group_sum",
     "int32",
-    "int64",
     "kernel",
     "load",
     "load4",

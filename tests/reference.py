@@ -45,6 +45,22 @@ SMALL: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 16,
     "classifier_proj_size": 20,
 }
+# Smaller still, for tests that run it thousands of times.
+TINY: dict[str, Any] = {
+    "vocab_size": 7,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "conv_dim": [4, 6, 6],
+    "conv_kernel": [5, 3, 1],
+    "conv_stride": [3, 2, 1],
+    "position_buckets": 8,
+    "max_position_embeddings": 16,
+    "num_conv_pos_embeddings": 7,
+    "num_conv_pos_embedding_groups": 3,
+    "classifier_proj_size": 5,
+}
 
 
 def build(

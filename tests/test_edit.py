@@ -14,6 +14,7 @@ from sewd_np.config import SEWDConfig
 from sewd_np.model import SEWDOutput
 from sewd_np.params import random_params
 from sewd_np.trace import Trace, error_between, points
+from tests.reference import CLASSES, TINY
 
 Array = np.ndarray
 NUMPY = backend.NUMPY
@@ -25,27 +26,6 @@ TABLES = [
     pytest.param(TOGETHER, id="together"),
     pytest.param(NUMBA, id="numba"),
 ]
-CLASSES: dict[str, Any] = {
-    "model": sewd_np.SEWDModel,
-    "ctc": sewd_np.SEWDForCTC,
-    "classification": sewd_np.SEWDForSequenceClassification,
-}
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 7,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "conv_dim": [4, 6, 6],
-    "conv_kernel": [5, 3, 1],
-    "conv_stride": [3, 2, 1],
-    "position_buckets": 8,
-    "max_position_embeddings": 16,
-    "num_conv_pos_embeddings": 7,
-    "num_conv_pos_embedding_groups": 3,
-    "classifier_proj_size": 5,
-}
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("ctc", {"conv_kernel_size": 3}),
     ("ctc", {"share_att_key": False, "feat_extract_norm": "layer", "norm_rel_ebd": "none"}),
@@ -61,7 +41,7 @@ TABLE = "encoder.encoder.rel_embeddings"
 def build(
     options: dict[str, Any], head: str = "ctc", ops: backend.Operations = NUMPY, params: dict[str, Array] | None = None
 ) -> Any:
-    config = SEWDConfig.from_dict({**SMALL, **options})
+    config = SEWDConfig.from_dict({**TINY, **options})
     dtype = np.float32 if ops.name == "numba" else np.float64
     values = random_params(config, head, seed=9) if params is None else params
     return CLASSES[head](config, {name: value.astype(dtype) for name, value in values.items()}, ops)

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sewd_np import SEWDForCTC, SEWDForSequenceClassification, SEWDModel, backend
+from sewd_np import backend
 from sewd_np.attention import masked_softmax, relative_index
 from sewd_np.config import SEWDConfig
 from sewd_np.model import SEWDOutput
 from sewd_np.params import random_params
 from sewd_np.trace import Trace, error_between, points
+from tests.reference import CLASSES, TINY
 
 Array = np.ndarray
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40)
@@ -31,23 +32,6 @@ TABLES = [
     pytest.param(NUMBA, id="numba"),
     pytest.param(NUMBA_TOGETHER, id="numba, together"),
 ]
-CLASSES = {"model": SEWDModel, "ctc": SEWDForCTC, "classification": SEWDForSequenceClassification}
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 7,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "conv_dim": [4, 6, 6],
-    "conv_kernel": [5, 3, 1],
-    "conv_stride": [3, 2, 1],
-    "position_buckets": 8,
-    "max_position_embeddings": 16,
-    "num_conv_pos_embeddings": 7,
-    "num_conv_pos_embedding_groups": 3,
-    "classifier_proj_size": 5,
-}
 
 
 def rounding(ops: backend.Operations, exact: float) -> float:
@@ -58,7 +42,7 @@ def rounding(ops: backend.Operations, exact: float) -> float:
 def build(options: dict[str, Any], head: str, ops: backend.Operations = NUMPY, dtype: Any = None) -> Any:
     """A model, in float64 where the backend has it."""
     dtype = dtype or (np.float64 if ops.name == "numpy" else np.float32)
-    config = SEWDConfig.from_dict({**SMALL, **options})
+    config = SEWDConfig.from_dict({**TINY, **options})
     params = {name: value.astype(dtype) for name, value in random_params(config, head, seed=9).items()}
     return CLASSES[head](config, params, ops)
 
