@@ -248,8 +248,9 @@ def ctc(logits: Any, frames: Any, texts: list[str]) -> Any:
 def narrow_positions(model: Any, frames: int) -> None:
     """Let attention project only the rows of the position table that ``frames`` squeezed frames can use.
 
-    The reference projects all 2S rows in every layer, about a tenth of a step on short clips. Distances up to S / 2 have
-    a bucket each, so for no more frames than that the rows in use are the 2 · frames around the middle: the same result.
+    The reference projects all 2S rows in every layer, about a tenth of a step on short clips. Distances up to S / 2
+    have a bucket each, so for no more frames than that only the 2 · frames rows around the middle are used, and the
+    result is the same.
     """
     encoder, span = model.sew_d.encoder.encoder, model.config.position_buckets
     reach = frames if frames <= span // 2 else span
