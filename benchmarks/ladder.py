@@ -13,9 +13,12 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import peers
 from sewd_np import attention, layers
+from sewd_np.cpu_amx import available, pack_split, product_split, room_for
 from sewd_np.cpu_gemm import pack, product, product_v1
 from sewd_np.cpu_kernels import layer_norm_v1, normalize_rows
+from sewd_np.cpu_lines import LINE
 from sewd_np.cpu_math import ACTIVATION_CODES, activate
+from sewd_np.cpu_positions import add_by_key, add_by_key_v1, distances
 
 
 @njit(nogil=True, error_model="numpy")
@@ -23,6 +26,13 @@ def gelu_v1(x):  # type: ignore[no-untyped-def]
     """GELU by the C library's erf, one number at a time."""
     for i in range(len(x)):
         x[i] = 0.5 * x[i] * (1.0 + math.erf(x[i] * math.sqrt(0.5)))
+
+
+@njit(nogil=True, error_model="numpy")
+def walk(step, scores, width, by_key, first, buckets, shear):  # type: ignore[no-untyped-def]
+    """``step`` over all keys of a block of 48 queries."""
+    for key in range(0, width, LINE):
+        step(scores, width, 48, by_key, width, key, first + key, buckets, shear)
 
 
 def row(what: str, calls: dict[str, Callable[[], Any]]) -> None:
@@ -43,14 +53,16 @@ def main() -> None:
     m, k, n = 125, 384, 1536
     a, b, bias, c = noise(m * k), noise(k, n), noise(n), noise(m * n)
     panels = pack(b).reshape(-1)
-    row(
-        "product 125 × 384 × 1536",
-        {
-            "loops (v1)": lambda: product_v1(a, 0, k, m, k, b, bias, c, 0, n),
-            "NumPy": lambda: a.reshape(m, k) @ b + bias,
-            "register tiles, packed": lambda: product(a, 0, k, m, k, panels, 0, n, bias, c, 0, n),
-        },
-    )
+    products = {
+        "loops (v1)": lambda: product_v1(a, 0, k, m, k, b, bias, c, 0, n),
+        "NumPy": lambda: a.reshape(m, k) @ b + bias,
+        "register tiles, packed": lambda: product(a, 0, k, m, k, panels, 0, n, bias, c, 0, n),
+    }
+    if available():
+        halves = pack_split(b)
+        room = room_for(halves, m * k, k)
+        products["matrix unit"] = lambda: product_split(a, 0, k, m, k, halves, 0, n, bias, c, 0, n, room)
+    row("product 125 × 384 × 1536", products)
     x = noise(200_000)
     row(
         "gelu of 200,000 numbers",
@@ -71,7 +83,18 @@ def main() -> None:
             "vectors": lambda: normalize_rows(*flat),
         },
     )
+    frames, width, band = 249, 256, 379
+    buckets = distances(frames, 256, 512, 256).buckets
+    terms = (noise(48 * width), width, noise(band * width), 100, buckets, noise((48 + LINE) * LINE))
+    row(
+        "position to content, 48 × 249",
+        {
+            "down the diagonals (v1)": lambda: walk(add_by_key_v1, *terms),
+            "sheared lines": lambda: walk(add_by_key, *terms),
+        },
+    )
     reference = peers.transformers_model("tiny")
+    plain = peers.our_model(reference, "numba", 1, "highest")
     one, two = (peers.our_model(reference, "numba", threads) for threads in (1, 2))
     numpy = peers.our_model(reference, "numpy")
     config, wave_bn = one.config, peers.audio(10)
@@ -80,24 +103,31 @@ def main() -> None:
         "feature encoder, 10 s",
         {
             "NumPy, layer by layer": lambda: layers.feature_encoder(wave_bn, numpy.weights.feature_encoder, *encoder),
-            "tiles of time": lambda: one.ops.feature_encoder(wave_bn, one.weights.feature_encoder, *encoder),
+            "tiles of time": lambda: plain.ops.feature_encoder(wave_bn, plain.weights.feature_encoder, *encoder),
+            "matrix unit": lambda: one.ops.feature_encoder(wave_bn, one.weights.feature_encoder, *encoder),
             "two threads": lambda: two.ops.feature_encoder(wave_bn, two.weights.feature_encoder, *encoder),
         },
     )
     heads, scale, qkv = config.num_attention_heads, config.score_scale, noise(1, 250, 3 * 384)
     span = (config.position_buckets, config.max_relative_distance, config.position_span)
     index, by_difference = attention.relative_index(250, *span), one.ops.relative_index(250, *span)
-    positions, packed = (model.weights.layers[0].attention.positions for model in (numpy, one))
+    positions, packed, halved = (model.weights.layers[0].attention.positions for model in (numpy, plain, one))
     row(
         "attention, 10 s, one layer",
         {
             "NumPy, head by head": lambda: attention.disentangled_attention(qkv, heads, positions, index, scale),
-            "fused blocks, band": lambda: one.ops.disentangled_attention(qkv, heads, packed, by_difference, scale),
+            "fused blocks, band": lambda: plain.ops.disentangled_attention(qkv, heads, packed, by_difference, scale),
+            "matrix unit": lambda: one.ops.disentangled_attention(qkv, heads, halved, by_difference, scale),
         },
     )
     row(
         "tiny, 10 s, whole",
-        {"NumPy": lambda: numpy(wave_bn), "Numba": lambda: one(wave_bn), "two threads": lambda: two(wave_bn)},
+        {
+            "NumPy": lambda: numpy(wave_bn),
+            "Numba, float32": lambda: plain(wave_bn),
+            "matrix unit": lambda: one(wave_bn),
+            "two threads": lambda: two(wave_bn),
+        },
     )
 
 

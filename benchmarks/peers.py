@@ -52,9 +52,11 @@ def transformers_model(shape: str, seed: int = 0) -> torch.nn.Module:
     return transformers.SEWDForCTC(transformers.SEWDConfig(**options(shape))).eval()
 
 
-def our_model(reference: torch.nn.Module, backend: str, threads: int | None = None) -> sewd_np.SEWDForCTC:
+def our_model(
+    reference: torch.nn.Module, backend: str, threads: int | None = None, precision: str | None = None
+) -> sewd_np.SEWDForCTC:
     """This package's model with the reference's weights."""
-    return our_model_on(reference, get_operations(backend, np.float32, threads))
+    return our_model_on(reference, get_operations(backend, np.float32, threads, precision))
 
 
 def our_model_on(reference: torch.nn.Module, ops: Operations) -> sewd_np.SEWDForCTC:

@@ -23,6 +23,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
+from sewd_np.cpu_compiling import EACH_TIME, ONCE
+
 FOLDER = Path(__file__).parent
 KERNEL = "python3"  # of the interpreter that runs this file
 SMALL_PICTURE = 150_000  # bytes; up to here a picture stays as it was drawn
@@ -50,10 +52,15 @@ def executed(path: Path) -> nbformat.NotebookNode:
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what differs from run to run: names of cells are their numbers, metadata says the language only."""
+    """Without what differs from run to run: names of cells are their numbers, metadata says the language only.
+
+    Whether kernels have to be compiled first, which the package says on standard error, differs as well.
+    """
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells, start=1):
         cell.id, cell.metadata = f"cell-{number:02}", nbformat.NotebookNode()
+        if "outputs" in cell:
+            cell.outputs = [x for x in cell.outputs if x.get("text", "").strip() not in (ONCE, EACH_TIME)]
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output.metadata = nbformat.NotebookNode()

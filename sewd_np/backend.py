@@ -79,6 +79,11 @@ def run(forward: Callable[[Any], Any], wave_bn: np.ndarray, weights: params.Weig
     return forward(wave_bn)
 
 
+def describe() -> dict[str, str]:
+    """What runs here, for people: a name and a line for each thing worth telling."""
+    return {"arrays": f"NumPy {np.__version__}, on the processor"}
+
+
 NUMPY = Operations(
     name="numpy",
     one_by_one=True,
@@ -87,7 +92,7 @@ NUMPY = Operations(
     to_numpy=np.asarray,
     run=run,
     own_memory=None,
-    describe=lambda: {"arrays": f"NumPy {np.__version__}, on the processor"},
+    describe=describe,
     feature_encoder=layers.feature_encoder,
     layer_norm=layers.layer_norm,
     linear=layers.linear,
@@ -123,43 +128,59 @@ NUMPY = Operations(
 )
 
 BACKENDS = ("numpy", "numba", "cuda")
+DEFAULT_BACKEND = "numba"  # in float32; whoever asks for float64 and names no backend gets "numpy", which alone has it
+PRECISIONS = ("high", "highest")  # of the products of "numba", in PyTorch's words; the first is the default
 
 
-def get_operations(backend: str, dtype: Any = np.float32, threads: int | None = None) -> Operations:
-    """The operations of a backend, by name. ``threads`` is the number of CPU threads of "numba", all by default.
+def get_operations(
+    backend: str | None = None, dtype: Any = np.float32, threads: int | None = None, precision: str | None = None
+) -> Operations:
+    """The operations of a backend, by name; None is "numba" for float32 and "numpy" for any other ``dtype``.
 
-    Raises ``ValueError`` for an unknown name, a dtype or number of threads that the backend does not take, and for
-    "cuda" where the extra is not installed or no GPU can be used.
+    ``threads`` is the number of CPU threads of "numba", all by default. ``precision`` says how "numba" multiplies:
+    "high", the default, on the processor's matrix unit where there is one (``cpu_amx``; products to about 17 bits, the
+    logits of a model to some 2e-5 of the largest) and in float32 elsewhere; "highest" always in float32 (some 2e-6).
+    With "highest" a result does not depend on whether the machine has the unit.
+
+    Raises ``ValueError`` for an unknown name, a dtype, number of threads or precision that the backend does not take,
+    and for "cuda" where the extra is not installed or no GPU can be used.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
-    takes = ("float32", "float64") if backend == "numpy" else ("float32",)
     try:
         name = np.dtype(dtype).name
     except TypeError:
         name = repr(dtype)
+    if backend is None:
+        backend = DEFAULT_BACKEND if name == "float32" else "numpy"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
+    takes = ("float32", "float64") if backend == "numpy" else ("float32",)
     if name not in takes:
         raise ValueError(f"dtype is {name}; backend {backend!r} computes in {' or '.join(takes)}.")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1.")
-    if threads is not None and backend != "numba":
-        raise ValueError(
-            f"threads is given for backend {backend!r}, which has no say in it; leave it out, or choose 'numba'."
-        )
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}.")
+    for argument, value in (("threads", threads), ("precision", precision)):
+        if value is not None and backend != "numba":
+            raise ValueError(
+                f"{argument} is given for backend {backend!r}, which has no say in it; leave it out, or choose 'numba'."
+            )
     if backend == "cuda":
         return _cuda()
-    return NUMPY if backend == "numpy" else _numba(threads)
+    return NUMPY if backend == "numpy" else _numba(threads, precision or PRECISIONS[0])
 
 
-def _numba(threads: int | None) -> Operations:
+def _numba(threads: int | None, precision: str) -> Operations:
     """NumPy's table with the Numba twins in it; the explicit forms stay NumPy's: they are to look at, not for speed."""
+    from sewd_np.cpu_compiling import announce_compiling
     from sewd_np.cpu_kernels import Kernels
 
-    kernels = Kernels(threads)
+    announce_compiling()
+    kernels = Kernels(threads, precision)
     return replace(
         NUMPY,
         name="numba",
-        describe=lambda: {"kernels": f"Numba, on {kernels.threads} threads of the processor"},
+        describe=kernels.describe,
         prepare=kernels.prepare,
         feature_encoder=kernels.feature_encoder,
         layer_norm=kernels.layer_norm,

@@ -137,20 +137,23 @@ def _encoder_of(source: Any, config_path: Path) -> dict[str, np.ndarray]:
 def load_model(
     source: str | Path,
     cls: type[SEWDModel] | None = None,
-    backend: str = "numpy",
+    backend: str | None = None,
     dtype: Any = np.float32,
     threads: int | None = None,
+    precision: str | None = None,
 ) -> Any:
     """A model of class ``cls`` (None: the checkpoint's own) on a backend, computing in ``dtype``.
 
-    A model without head leaves a fine-tuned checkpoint's head unused; the other way round is an error. Raises
-    ``CheckpointError`` as ``read_checkpoint`` does, ``ValueError`` for an unknown backend or dtype.
+    ``backend`` None is "numba" for float32 and "numpy", the definition, for float64, which it alone computes in.
+    ``threads`` and ``precision`` are for "numba" (``backend.get_operations``). A model without head leaves a fine-tuned
+    checkpoint's head unused; the other way round is an error. Raises ``CheckpointError`` as ``read_checkpoint`` does,
+    ``ValueError`` for a backend, dtype, number of threads or precision that cannot be.
     """
     from sewd_np import model
     from sewd_np.backend import get_operations
     from sewd_np.processor import Processor
 
-    ops = get_operations(backend, dtype, threads)
+    ops = get_operations(backend, dtype, threads, precision)
     checkpoint = read_checkpoint(source, None if cls is None else cls.head)
     if cls is None:
         cls = getattr(model, ARCHITECTURES[checkpoint.head])

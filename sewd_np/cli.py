@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import sewd_np
+from sewd_np.backend import DEFAULT_BACKEND, PRECISIONS
 from sewd_np.clips import clip
 from sewd_np.page import KINDS
 from sewd_np.transcribe import (
-    DEFAULT_BACKEND,
     DEFAULT_CLASSIFIER,
     DEFAULT_MODEL,
     Label,
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=10.0, help="length of recording to count multiply-adds for (default: 10)"
     )
     command.add_argument("--backend", help=f"also say what this backend would run on: {_BACKENDS}")
+    command.add_argument("--precision", choices=PRECISIONS, help=f"and with which products: {_PRECISION}")
     command.set_defaults(run=_info)
 
     command = commands.add_parser("plot", help="draw one picture of what happens inside the model")
@@ -110,14 +111,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 PATIENCE = 3.0  # seconds before the first result's delay is explained
-_COMPILING = "still at work: on its first run backend {} compiles its kernels, up to a minute, and keeps them on disk."
-_BACKENDS = "numpy, numba or cuda"
+_COMPILING = (
+    "still at work: on its first run backend cuda compiles its kernels, up to a minute, and keeps them on disk."
+)
+_BACKENDS = "numba: compiled kernels; numpy: the definitions, slower; cuda: an NVIDIA GPU"
+_PRECISION = "of backend numba: high uses the processor's matrix unit where there is one, highest float32 everywhere"
 _MODEL_HELP = "a bundled name, a folder, a weights file or a Hugging Face hub id"
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"{_BACKENDS} (default: {DEFAULT_BACKEND})")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads of backend numba (default: all cores)")
+    command.add_argument("--precision", choices=PRECISIONS, help=f"{_PRECISION} (default: {PRECISIONS[0]})")
     command.add_argument(
         "--output-format",
         choices=("text", "json"),
@@ -138,7 +143,7 @@ def _add_look(command: argparse.ArgumentParser, target: str, what: str) -> None:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    model = load_for("ctc", options.model, options.backend, options.threads)
+    model = load_for("ctc", options.model, options.backend, options.threads, options.precision)
     if not options.files:
         _complain(f"no file given, so this is the bundled clip {CLIP.name}, made by text-to-speech.")
     together = 1 if model.ops.one_by_one else max(options.batch_size, 1)  # transcribe refuses what is below 1
@@ -158,7 +163,7 @@ def _transcribe(options: argparse.Namespace) -> int:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    model = load_for("classification", options.model, options.backend, options.threads)
+    model = load_for("classification", options.model, options.backend, options.threads, options.precision)
     return _for_each_file(
         options.files,
         lambda paths: [classify(path, model=model, top_k=options.top_k) for path in paths],
@@ -173,10 +178,10 @@ def _info(options: argparse.Namespace) -> int:
 
     checkpoint = read_checkpoint(options.model)
     page = describe(checkpoint.config, checkpoint.head, options.seconds)
-    if options.backend is not None:
+    if options.backend is not None or options.precision is not None:
         from sewd_np.backend import get_operations
 
-        runs_on = get_operations(options.backend).describe()
+        runs_on = get_operations(options.backend, precision=options.precision).describe()
         page += "\n\nRuns on\n" + "\n".join(f"  {name}: {value}" for name, value in runs_on.items())
     print(page)
     if checkpoint.folder is not None and checkpoint.folder.parent == ASSETS:
@@ -225,7 +230,7 @@ def _for_each_file(
     """Print each file's result as soon as it is there; a file that fails is complained of and passed over.
 
     ``recognize`` gets ``together`` files at a time, or one. ``form`` gets a file, its result and whether it is one of
-    several. ``backend``: some compile kernels, so that the first result is long in coming, and the user is told so.
+    several. ``backend``: a GPU's first result is long in coming, and the user is told why.
     """
     code = 0
     waiting = _patience(backend)
@@ -251,10 +256,13 @@ def _results(paths: Sequence[str], recognize: Callable[[Sequence[str]], list[Any
 
 
 def _patience(backend: str) -> threading.Timer:
-    """A timer that explains a long wait on a backend that compiles; cancel it when the first result is there."""
-    waiting = threading.Timer(PATIENCE, _complain, [_COMPILING.format(backend)])
+    """A timer that explains a long wait for the GPU's compiler; cancel it when the first result is there.
+
+    The CPU's kernels announce themselves (``cpu_compiling``); of the GPU's nothing says beforehand what is on disk.
+    """
+    waiting = threading.Timer(PATIENCE, _complain, [_COMPILING])
     waiting.daemon = True
-    if backend != "numpy":
+    if backend == "cuda":
         waiting.start()
     return waiting
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sewd_np.cpu_gemm import pack, product
+from sewd_np.cpu_amx import DEPTH, multiply, pack_split, room_for
+from sewd_np.cpu_gemm import aligned, pack, product
 from sewd_np.cpu_math import activate, normalize_row, vector_kernel
 from sewd_np.params import Conv
 
@@ -37,29 +38,40 @@ class Encoder(NamedTuple):
     """The feature encoder packed: all layers' panels in one array, biases and norms in another, and where each lies."""
 
     plan: Array  # (layers, 7) int64
-    panels: Array  # flat float32
+    panels: Array  # flat, of layers 1 and up: float32, or uint16 for the matrix unit
     vectors: Array  # flat float32: biases (zeros where a layer has none), then scales and shifts of the norms
+    first_panels: Array  # of layer 0, float32
     first: Conv  # layer 0 unpacked, for the group norm to fold into
 
 
-def pack_encoder(conv_layers: tuple[Conv, ...], strides: tuple[int, ...], norm: str) -> Encoder:
-    """Pack the layers for ``encode_tiles``. ``norm`` "layer" leaves the norms to the kernel, "group" to ``fold``."""
+def pack_encoder(conv_layers: tuple[Conv, ...], strides: tuple[int, ...], norm: str, split: bool = False) -> Encoder:
+    """Pack the layers for ``encode_tiles``. ``norm`` "layer" leaves the norms to the kernel, "group" to ``fold``.
+
+    ``split``: for the matrix unit, if all layers but the first, which has one input channel, fit it.
+    """
+    split = split and all(layer.weight.shape[2] % DEPTH == 0 for layer in conv_layers[1:])
     plan = np.zeros((len(conv_layers), 7), np.int64)
-    panels, vectors = [], []
+    panels: list[Array] = [np.empty(0, np.uint16 if split else np.float32)]
+    vectors = []
     panel_start = vector_start = 0
     for i, (layer, stride) in enumerate(zip(conv_layers, strides, strict=True)):
         kernel, _, inputs, outputs = layer.weight.shape
-        packed = pack(layer.weight.reshape(kernel * inputs, outputs)).reshape(-1)
+        packed = (pack_split if split and i > 0 else pack)(layer.weight.reshape(kernel * inputs, outputs)).reshape(-1)
         rows = [np.zeros(outputs, np.float32) if layer.bias is None else layer.bias]
         normed = layer.norm is not None and norm == "layer"
         if layer.norm is not None and norm == "layer":
             rows += [layer.norm.weight, layer.norm.bias]
         plan[i] = (kernel, stride, inputs, outputs, panel_start, vector_start, vector_start + outputs if normed else -1)
-        panels.append(packed)
         vectors += rows
-        panel_start += packed.size
         vector_start += outputs * len(rows)
-    return Encoder(plan, np.concatenate(panels), np.concatenate(vectors), conv_layers[0])
+        if i == 0:
+            first_panels = packed
+        else:
+            panels.append(packed)
+            panel_start += packed.size
+    together = aligned(panel_start, panels[0].dtype)
+    np.concatenate(panels, out=together)
+    return Encoder(plan, together, np.concatenate(vectors), first_panels, conv_layers[0])
 
 
 # -------------------------------------------------------------------- group norm, folded
@@ -120,6 +132,7 @@ def encode_tiles(
     between layers.
     """
     layers, last = len(plan), len(plan) - 1
+    room = room_for(panels, scratch.shape[2], np.max(plan[:, STRIDE] * plan[:, INPUTS]))
     width = plan[last, OUTPUTS]
     frames = len(out) // width
     begins, ends = np.empty(layers, np.int64), np.empty(layers, np.int64)
@@ -140,7 +153,8 @@ def encode_tiles(
                 product(source, 0, stride, rows, depth, first_panels, 0, outputs, first_bias, target, 0, outputs)
             else:
                 bias = vectors[at : at + outputs]
-                product(source, 0, stride, rows, depth, panels, plan[i, PANELS], outputs, bias, target, 0, outputs)
+                start = plan[i, PANELS]
+                multiply(source, 0, stride, rows, depth, panels, start, outputs, bias, target, 0, outputs, room)
             if plan[i, NORM] >= 0:
                 weight = vectors[plan[i, NORM] : plan[i, NORM] + outputs]
                 shift = vectors[plan[i, NORM] + outputs : plan[i, NORM] + 2 * outputs]

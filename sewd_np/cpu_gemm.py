@@ -21,8 +21,10 @@ Arrays come flat with an offset, a row stride and a count; that is what a view i
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
@@ -31,6 +33,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from sewd_np import __version__
 
 Array = np.ndarray
 
@@ -54,10 +58,24 @@ COLUMNS = VECTORS * LANES  # width of a packed panel
 FEW_ROWS = 4  # a second, lower tile for the rows that are left over
 
 
+def fingerprint(folder: Path) -> str:
+    """A short name for the sources of all kernels, ``cpu_*.py`` in ``folder``; for the version where there are none."""
+    texts = [path.read_bytes() for path in sorted(folder.glob("cpu_*.py"))] or [__version__.encode()]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
+
+
+SOURCES = fingerprint(Path(__file__).parent)
+
+
 def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``njit`` for a kernel: without Python's lock, cached on disk where a folder can be written to."""
+    """``njit`` for a kernel: without Python's lock, cached on disk where a folder can be written to.
+
+    Numba takes a kernel from disk as long as the kernel's own file is unchanged, even if one that it calls has changed.
+    But it looks for it under its name, so that is made to tell all sources apart.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += f"_{SOURCES}"
         try:
             return njit(nogil=True, error_model="numpy", cache=True, **flags)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in each process
@@ -69,10 +87,19 @@ def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
 kernel = compiled()
 
 
+def aligned(size: int, dtype: Any) -> Array:
+    """``size`` numbers, uninitialised, from an address that is a multiple of 64."""
+    raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + size * np.dtype(dtype).itemsize].view(dtype)
+
+
 def pack(b_kn: Array) -> Array:
     """B (k, n) as panels (ceil(n / COLUMNS), k, COLUMNS), zeros beyond n: the order in which the kernel reads."""
     k, n = b_kn.shape
-    panels = np.zeros((-(-n // COLUMNS), k, COLUMNS), np.float32)
+    count = -(-n // COLUMNS)
+    panels = aligned(count * k * COLUMNS, np.float32).reshape(count, k, COLUMNS)
+    panels[:] = 0
     for j, panel in enumerate(panels):
         columns = b_kn[:, j * COLUMNS : (j + 1) * COLUMNS]
         panel[:, : columns.shape[1]] = columns
@@ -111,6 +138,16 @@ def low_tile(a, a_start, a_stride, rows, k, b, b_start, bias, bias_start, c, c_s
     tile(a, a_start, a_stride, rows, k, b, b_start, bias, bias_start, c, c_start, c_stride)
 
 
+READ_TO_LEVEL_2 = [ir.Constant(ir.IntType(32), number) for number in (0, 2, 1)]  # prefetch's: read, level, data
+
+
+def prefetch(builder: Any) -> Any:
+    """LLVM's function that asks for a line of memory."""
+    i32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
+    return cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+
+
 def _tile_builder(height: int) -> Callable[..., Any]:
     """The compiled tile of ``height`` rows.
 
@@ -129,10 +166,6 @@ def _tile_builder(height: int) -> Callable[..., Any]:
         )
 
         pointer = ir.IntType(8).as_pointer()
-        prefetch = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0"
-        )
-        read, to_level_2, data = ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)
         panel_bytes = builder.mul(k, ir.Constant(i64, 4 * COLUMNS))
 
         def vector_at(address: Any, lane: int) -> Any:
@@ -157,7 +190,7 @@ def _tile_builder(height: int) -> Callable[..., Any]:
         b_vectors = [builder.load(vector_at(b_row, v), align=4) for v in range(VECTORS)]
         for line in range(0, 4 * COLUMNS, 64):  # ask for the next panel while this one is at work
             ahead = builder.add(builder.add(b_row, panel_bytes), ir.Constant(i64, line))
-            builder.call(prefetch, [builder.inttoptr(ahead, pointer), read, to_level_2, data])
+            builder.call(prefetch(builder), [builder.inttoptr(ahead, pointer), *READ_TO_LEVEL_2])
         undefined, first = ir.Constant(vector, ir.Undefined), ir.Constant(i32, 0)
         everywhere = ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
         new = []

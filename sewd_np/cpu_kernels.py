@@ -10,7 +10,10 @@ The ladder (measured gains: docs/kernels.md)
    folds into the first layer's weights.
 5. *Less work* (``cpu_attention``): the position table is projected on load, only the band of buckets that occurs is
    multiplied, and the t × t scores of a head never exist at once.
-6. *Cores*: every kernel divides its rows, heads, groups or tiles among ``threads`` workers, by hand, so that nothing
+6. *Along the grain* (``cpu_positions``, ``cpu_lines``): what lies on a table's diagonals is sheared into rows, whole
+   lines of 16 numbers at a time (``add_by_key_v1`` beside ``add_by_key``).
+7. *The matrix unit* (``cpu_amx``), where the processor has one: a float32 as two bfloat16, three products for one.
+8. *Cores*: every kernel divides its rows, heads, groups or tiles among ``threads`` workers, by hand, so that nothing
    in the process is left changed and a row's arithmetic is the same whoever computes it: results do not depend on the
    number of threads, to the last bit.
 
@@ -23,16 +26,8 @@ import numpy as np
 
 from sewd_np import attention, layers
 from sewd_np.config import SEWDConfig
-from sewd_np.cpu_attention import (
-    Distances,
-    Positions,
-    attend,
-    distances,
-    gather_keys,
-    index_by_pair,
-    pack_positions,
-    shape_of,
-)
+from sewd_np.cpu_amx import BLOCK, DEPTH, available, multiply, pack_split, room_for
+from sewd_np.cpu_attention import attend, gather_keys, shape_of
 from sewd_np.cpu_conv import (
     TILE_FRAMES,
     Encoder,
@@ -44,8 +39,9 @@ from sewd_np.cpu_conv import (
     scratch_size,
     squeeze_groups,
 )
-from sewd_np.cpu_gemm import FEW_ROWS, kernel, pack, product
+from sewd_np.cpu_gemm import FEW_ROWS, kernel, pack
 from sewd_np.cpu_math import ACTIVATION_CODES, activate, normalize_row, vector_kernel
+from sewd_np.cpu_positions import Distances, Positions, distances, index_by_pair, pack_positions
 from sewd_np.cpu_team import Pool, Team, cores
 from sewd_np.params import Layer, Linear, Norm, Params, Weights, prepare
 
@@ -77,20 +73,27 @@ def share(rows, worker, workers):
 
 
 @kernel
-def row_block(rows):
-    """Rows at a time: about ROW_BLOCK, evenly, in whole tiles."""
+def row_block(rows, tile):
+    """Rows at a time: at most ROW_BLOCK, evenly, in whole tiles of ``tile`` rows."""
     blocks = max((rows + ROW_BLOCK - 1) // ROW_BLOCK, 1)
-    return max(((rows + blocks - 1) // blocks + FEW_ROWS - 1) // FEW_ROWS * FEW_ROWS, FEW_ROWS)
+    return max(((rows + blocks - 1) // blocks + tile - 1) // tile * tile, tile)
+
+
+@kernel
+def tile_rows(panels):
+    """Rows of the tiles in which a product with these panels is computed."""
+    return BLOCK if panels.itemsize == 2 else FEW_ROWS
 
 
 @vector_kernel
 def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
     """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first)
+    block = row_block(last - first, tile_rows(panels))
+    room = room_for(panels, block * depth, depth)
     for start in range(first, last, block):
         count = min(block, last - start)
-        product(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs)
+        multiply(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs, room)
         activate(out[start * outputs : (start + count) * outputs], code)
 
 
@@ -106,10 +109,11 @@ def add_and_normalize(row, residual, weight, shift, eps):
 def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
     """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first)
+    block = row_block(last - first, tile_rows(panels))
+    room = room_for(panels, block * depth, depth)
     for start in range(first, last, block):
         stop = min(start + block, last)
-        product(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size)
+        multiply(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size, room)
         for row in range(start, stop):
             add_and_normalize(
                 out[row * size : (row + 1) * size], residual[row * size : (row + 1) * size], weight, shift, eps
@@ -122,14 +126,15 @@ def feed_forward_rows(
 ):
     """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first)
+    block = row_block(last - first, tile_rows(panels))
+    room = room_for(panels, block * max(size, inner), max(size, inner))
     middle = scratch[worker]
     for start in range(first, last, block):
         stop = min(start + block, last)
         count = stop - start
-        product(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner)
+        multiply(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner, room)
         activate(middle[: count * inner], code)
-        product(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size)
+        multiply(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size, room)
         for row in range(start, stop):
             add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
 
@@ -147,26 +152,43 @@ def own(x: Array) -> Array:
 
 
 class Kernels:
-    """The operations of one model on ``threads`` threads; each method twins the NumPy function of its name."""
+    """The operations of one model on ``threads`` threads; each method twins the NumPy function of its name.
 
-    def __init__(self, threads: int | None = None) -> None:
+    ``precision`` "high" multiplies on the matrix unit where this process may use one, and in float32 elsewhere;
+    "highest" always in float32. A copy, or a pickle read in another process, starts threads and asks for the unit anew.
+    """
+
+    def __init__(self, threads: int | None = None, precision: str = "high") -> None:
+        self.asked = (threads, precision)
         self.threads = cores() if threads is None else threads
+        self.split = precision == "high" and available()
         self.team = Team(self.threads)
         self.pool = Pool()
+
+    def __reduce__(self) -> tuple[type[Kernels], tuple[int | None, str]]:
+        return Kernels, self.asked
+
+    def describe(self) -> dict[str, str]:
+        products = f"on the matrix unit (AMX, precision {self.asked[1]})" if self.split else "in float32"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return {"kernels": f"Numba, on {threads} of the processor; products {products}"}
 
     def prepare(self, params: Params, config: SEWDConfig) -> Weights:
         """NumPy's prepared weights, with every product's matrix packed."""
         w = prepare(params, config)
 
         def packed(linear: Linear) -> Linear:
-            return Linear(pack(linear.weight), own(linear.bias))
+            fits = self.split and linear.weight.shape[0] % DEPTH == 0
+            return Linear((pack_split if fits else pack)(linear.weight), own(linear.bias))
+
+        fast_attention = self.split and config.head_size % DEPTH == 0
 
         def layer(old: Layer) -> Layer:
             a = old.attention
             return old._replace(
                 attention=a._replace(
                     qkv=packed(a.qkv),
-                    positions=pack_positions(a.pos_key, a.pos_query, config.score_scale),
+                    positions=pack_positions(a.pos_key, a.pos_query, config.score_scale, fast_attention),
                     output=packed(a.output),
                     norm=Norm(*map(own, a.norm)),
                 ),
@@ -176,7 +198,7 @@ class Kernels:
             )
 
         return w._replace(
-            feature_encoder=pack_encoder(w.conv_layers, config.conv_stride, config.feat_extract_norm),
+            feature_encoder=pack_encoder(w.conv_layers, config.conv_stride, config.feat_extract_norm, self.split),
             layer_norm=Norm(*map(own, w.layer_norm)),
             feature_projection=None if w.feature_projection is None else packed(w.feature_projection),
             squeeze=pack_positional(w.pos_conv),
@@ -211,7 +233,7 @@ class Kernels:
         first_outputs = int(plan[0, 3])
         bias = conv_layers.vectors[:first_outputs]
         for b, wave in enumerate(wave_bn):
-            panels = conv_layers.panels
+            panels = conv_layers.first_panels
             if norm == "group":
                 count = steps[1] if lengths_b is None else int(lengths_b[b])
                 panels, bias = fold_group_norm(wave, conv_layers.first, strides[0], count, eps)
@@ -353,21 +375,19 @@ class Kernels:
         out = np.empty((batch, frames, d), np.float32)
         shape = shape_of(batch, frames, heads, d // heads, len(positions.queries) > 0, index)
         lengths = np.full(batch, frames) if lengths_b is None else np.minimum(lengths_b, frames).astype(np.int64)
-        rows, near, far = (np.empty(0, np.int32), 0, 0) if index is None else index
-        zeros = np.zeros(max(frames, shape.columns, shape.size), np.float32)
+        _, *walk = Distances(0, np.empty(0, np.int32), 0, 0, 0, 0) if index is None else index
+        zeros = np.zeros(max(shape.row, shape.columns, shape.size), np.float32)
         shared_size = batch * heads * shape.pair
         with self.pool.take(shared_size + self.threads * shape.block) as scratch:
             shared, blocks = scratch[:shared_size], scratch[shared_size:].reshape(self.threads, shape.block)
-            self.team.run(gather_keys, qkv.reshape(-1), shape, positions.queries, zeros, lengths, shared)
+            self.team.run(gather_keys, qkv.reshape(-1), shape, *positions, zeros, lengths, shared)
             self.team.run(
                 attend,
                 qkv.reshape(-1),
                 shape,
                 positions.keys,
                 positions.queries,
-                rows,
-                near,
-                far,
+                *walk,
                 np.float32(scale),
                 zeros,
                 lengths,

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sewd_np.cpu_gemm import aligned
+
 Array = np.ndarray
 
 
@@ -90,11 +92,11 @@ class Pool:
 
     @contextmanager
     def take(self, size: int) -> Iterator[Array]:
-        """At least ``size`` float32 numbers, flat, of any value."""
+        """At least ``size`` float32 numbers, flat, of any value, beginning at a multiple of 64 bytes."""
         with self._lock:
             array = self._free.pop() if self._free else np.empty(0, np.float32)
         if len(array) < size:
-            array = np.empty(size, np.float32)
+            array = aligned(size, np.float32)
         try:
             yield array[:size]
         finally:

@@ -409,6 +409,10 @@ class SEWDModel:
         self.params, self.dtype = checked_params(config, self.head, params)
         self.weights: Weights = ops.prepare(self.params, config)
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        """Copies and pickles prepare their weights anew: how they are laid out depends on the machine."""
+        return type(self), (self.config, self.params, self.ops, self.processor)
+
     def __call__(
         self,
         input_values: Array,
@@ -470,12 +474,17 @@ class SEWDModel:
 
     @classmethod
     def from_pretrained(
-        cls, source: Any, backend: str = "numpy", dtype: Any = np.float32, threads: int | None = None
+        cls,
+        source: Any,
+        backend: str | None = None,
+        dtype: Any = np.float32,
+        threads: int | None = None,
+        precision: str | None = None,
     ) -> Self:
         """Load from a bundled name, a folder, a weights file or a hub id; see ``checkpoint.load_model``."""
         from sewd_np.checkpoint import load_model
 
-        return load_model(source, cls, backend, dtype, threads)
+        return load_model(source, cls, backend, dtype, threads, precision)
 
     def save_pretrained(self, folder: Any) -> None:
         """Write a folder that transformers and this package read back; see ``checkpoint.save_pretrained``."""

@@ -29,7 +29,6 @@ Result = TypeVar("Result")
 
 DEFAULT_MODEL = "an4"
 DEFAULT_CLASSIFIER = "keywords"
-DEFAULT_BACKEND = "numpy"
 HEADS = {  # what a task needs: the head, and how to say so
     "ctc": ("transcribe", "a CTC head", "choose a checkpoint fine-tuned for speech recognition"),
     "classification": ("classify", "a classification head", "choose a checkpoint fine-tuned to classify"),
@@ -77,18 +76,29 @@ class Label:
 
 
 def load(
-    source: Any = DEFAULT_MODEL, backend: str = DEFAULT_BACKEND, dtype: Any = np.float32, threads: int | None = None
+    source: Any = DEFAULT_MODEL,
+    backend: str | None = None,
+    dtype: Any = np.float32,
+    threads: int | None = None,
+    precision: str | None = None,
 ) -> SEWDModel:
     """A model from a bundled name, a folder, a weights file or a Hugging Face hub id.
 
     The class (``SEWDModel``, ``SEWDForCTC``, ``SEWDForSequenceClassification``) follows from the head that the
-    checkpoint has. ``backend`` "numpy" runs the definitions, "numba" compiled kernels on ``threads`` threads (None: all
-    cores), "cuda" kernels on an NVIDIA GPU; ``dtype`` float64 computes in double precision, on "numpy" only.
-    See ``checkpoint.load_model`` for errors.
+    checkpoint has. ``backend`` "numba" runs compiled kernels on ``threads`` threads (None: all cores), "numpy" the
+    definitions, "cuda" kernels on an NVIDIA GPU. ``dtype`` float64 computes in double precision, on "numpy" only. If no
+    backend is given it is "numba" for float32 and "numpy" for float64.
+
+    ``precision`` is for "numba". "high", the default, uses the processor's matrix unit where there is one (Intel's
+    AMX): logits are then good to some 2e-5 of the largest instead of 2e-6, in half to two thirds of the time. "highest"
+    multiplies in float32 everywhere, as "high" does on a machine without the unit.
+
+    "numba" compiles its kernels when they are first used on a machine, about half a minute, and keeps them on disk;
+    logger "sewd_np" says so, on standard error if no logging is set up. See ``checkpoint.load_model`` for errors.
     """
     from sewd_np.checkpoint import load_model
 
-    model: SEWDModel = load_model(source, backend=backend, dtype=dtype, threads=threads)
+    model: SEWDModel = load_model(source, None, backend, dtype, threads, precision)
     return model
 
 
@@ -96,41 +106,45 @@ def load(
 def transcribe(
     audio: Several,
     model: Any = ...,
-    backend: str = ...,
+    backend: str | None = ...,
     sampling_rate: float | None = ...,
     progress: bool = ...,
     threads: int | None = ...,
     evidence: bool = ...,
     edit: Edit | None = ...,
     batch_size: int = ...,
+    precision: str | None = ...,
 ) -> list[Transcript]: ...
 @overload
 def transcribe(
     audio: Recording,
     model: Any = ...,
-    backend: str = ...,
+    backend: str | None = ...,
     sampling_rate: float | None = ...,
     progress: bool = ...,
     threads: int | None = ...,
     evidence: bool = ...,
     edit: Edit | None = ...,
     batch_size: int = ...,
+    precision: str | None = ...,
 ) -> Transcript: ...
 def transcribe(
     audio: Recording | Several,
     model: Any = DEFAULT_MODEL,
-    backend: str = DEFAULT_BACKEND,
+    backend: str | None = None,
     sampling_rate: float | None = None,
     progress: bool = False,
     threads: int | None = None,
     evidence: bool = False,
     edit: Edit | None = None,
     batch_size: int = 1,
+    precision: str | None = None,
 ) -> Transcript | list[Transcript]:
     """Transcribe a recording, or each of a list (or tuple) of them.
 
     audio: a path, an open binary file or a waveform (n,), as ``audio.load_audio`` takes them; or a list of such.
-    model: what ``load`` takes, or a loaded model, whose own backend and threads then count.
+    model: what ``load`` takes, or a loaded model, whose own backend, threads and precision then count.
+    backend: "numba" if not given, "numpy" or "cuda"; see ``load``.
     threads: CPU threads of backend "numba", all cores if not given.
     sampling_rate: samples per second of arrays, the model's own (16,000) if not given; a file says its own.
     progress: draw a bar on standard error.
@@ -139,6 +153,7 @@ def transcribe(
     batch_size: recordings of a list that a GPU (backend "cuda") works on at the same time; a batch takes recordings of
     about one length. Each result is what it would be alone, and they come in the order of the list. The other backends
     gain nothing from running recordings together and take them one by one, whatever ``batch_size``.
+    precision: "high" or "highest", of backend "numba"'s products; see ``load``.
 
     Returns a ``Transcript``, or a list of them for a list. An unusable recording in a list stops the call, and the
     error says which it was: ``audio[2]: ...``.
@@ -148,7 +163,7 @@ def transcribe(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1.")
-    recognizer = load_for("ctc", model, backend, threads)
+    recognizer = load_for("ctc", model, backend, threads, precision)
     if batch_size > 1 and isinstance(audio, list | tuple) and not recognizer.ops.one_by_one:
         return _in_batches(recognizer, audio, int(batch_size), sampling_rate, progress, edit, evidence)
 
@@ -163,30 +178,33 @@ def transcribe(
 def classify(
     audio: Several,
     model: Any = ...,
-    backend: str = ...,
+    backend: str | None = ...,
     sampling_rate: float | None = ...,
     progress: bool = ...,
     top_k: int = ...,
     threads: int | None = ...,
+    precision: str | None = ...,
 ) -> list[list[Label]]: ...
 @overload
 def classify(
     audio: Recording,
     model: Any = ...,
-    backend: str = ...,
+    backend: str | None = ...,
     sampling_rate: float | None = ...,
     progress: bool = ...,
     top_k: int = ...,
     threads: int | None = ...,
+    precision: str | None = ...,
 ) -> list[Label]: ...
 def classify(
     audio: Recording | Several,
     model: Any = DEFAULT_CLASSIFIER,
-    backend: str = DEFAULT_BACKEND,
+    backend: str | None = None,
     sampling_rate: float | None = None,
     progress: bool = False,
     top_k: int = 5,
     threads: int | None = None,
+    precision: str | None = None,
 ) -> list[Label] | list[list[Label]]:
     """The ``top_k`` likeliest labels of a recording, best first, or of each of a list; all if there are fewer.
 
@@ -196,11 +214,13 @@ def classify(
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
         raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
-    classifier = load_for("classification", model, backend, threads)
+    classifier = load_for("classification", model, backend, threads, precision)
     return _each(audio, lambda recording: _labels(classifier, recording, sampling_rate)[:top_k], progress)
 
 
-def load_for(head: str, model: Any, backend: str, threads: int | None = None) -> SEWDModel:
+def load_for(
+    head: str, model: Any, backend: str | None, threads: int | None = None, precision: str | None = None
+) -> SEWDModel:
     """The model that a task ("ctc" or "classification") needs: loaded, if it is not yet, and of the right kind.
 
     Raises ``ValueError`` for a model with another head or without the files that describe its input and output.
@@ -211,14 +231,16 @@ def load_for(head: str, model: Any, backend: str, threads: int | None = None) ->
     if model is None:
         model = DEFAULT_MODEL if head == "ctc" else DEFAULT_CLASSIFIER
     if isinstance(model, SEWDModel):
-        if threads is not None or backend not in (DEFAULT_BACKEND, model.ops.name):
-            raise ValueError(
-                f"backend {backend!r} and threads {threads!r} are given with a model that is already loaded on "
-                f"{model.ops.name!r}; give them to load() instead."
-            )
+        other_backend = None if backend == model.ops.name else backend
+        for argument, value in (("threads", threads), ("precision", precision), ("backend", other_backend)):
+            if value is not None:
+                raise ValueError(
+                    f"{argument}={value!r} comes with a model that is already loaded on {model.ops.name!r}; give it to "
+                    "load() instead."
+                )
         name, loaded = "the given model", model
     else:
-        name, loaded = f"model {str(model)!r}", load(model, backend, threads=threads)
+        name, loaded = f"model {str(model)!r}", load(model, backend, threads=threads, precision=precision)
     if loaded.head != head:
         found = HEADS[loaded.head][1] if loaded.head in HEADS else "no head"
         raise ValueError(f"{name} has {found}, but {task} needs {needed}; {advice}.")

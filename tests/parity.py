@@ -16,6 +16,7 @@ import torch
 
 import sewd_np
 from sewd_np.audio import load_audio
+from sewd_np.backend import PRECISIONS
 from sewd_np.trace import Trace, points, report
 from tests.reference import HF_CLASSES, points_of
 
@@ -28,13 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", default="an4", help="bundled name, folder, weights file or hub id")
     parser.add_argument("--audio", default=str(CLIP), help="recording to run on (default: the bundled clip)")
     parser.add_argument("--backend", default="numpy")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of backend numba's products (default: high)")
     parser.add_argument("--double", action="store_true", help="compare in float64 (1e-7) instead of float32 (1e-4)")
     options = parser.parse_args(arguments)
 
     # transformers rounds the score scale to float32 even in double: that alone is about 1e-8.
     dtype, tolerance = (np.float64, 1e-7) if options.double else (np.float32, 1e-4)
     try:
-        model = sewd_np.load(options.model, backend=options.backend, dtype=dtype)
+        model = sewd_np.load(options.model, options.backend, dtype, precision=options.precision)
         wave_n = load_audio(options.audio)
     except (ValueError, OSError) as error:
         parser.error(str(error))

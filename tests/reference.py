@@ -45,6 +45,14 @@ SMALL: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 16,
     "classifier_proj_size": 20,
 }
+# Every product but the first convolution's has a depth that Intel's matrix unit takes: a multiple of 32.
+FOR_THE_UNIT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "conv_dim": [32] * 12 + [64],
+    "classifier_proj_size": 32,
+}
 # Smaller still, for tests that run it thousands of times.
 TINY: dict[str, Any] = {
     "vocab_size": 7,
@@ -86,11 +94,13 @@ def canonical(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def ours(hf: torch.nn.Module, head: str = "ctc", backend: str = "numpy") -> sewd_np.SEWDModel:
+def ours(
+    hf: torch.nn.Module, head: str = "ctc", backend: str = "numpy", precision: str | None = None
+) -> sewd_np.SEWDModel:
     """Our model with the parameters of a transformers model, in its dtype."""
     params = canonical(hf.state_dict())
     config = SEWDConfig.from_dict(hf.config.to_dict())
-    ops = get_operations(backend, next(iter(params.values())).dtype)
+    ops = get_operations(backend, next(iter(params.values())).dtype, precision=precision)
     return CLASSES[head](config, params, ops)
 
 

@@ -17,7 +17,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import sewd_np
-from sewd_np import cli, info
+from sewd_np import cli, cpu_kernels, info
 from sewd_np.config import SEWDConfig
 from tests.reference import HF_CLASSES, SMALL
 from tests.test_transcribe import SPOKEN, small_model
@@ -57,6 +57,46 @@ def test_one_file_is_its_text_and_several_have_names(capsys: Captured) -> None:
     assert capsys.readouterr() == (f"{clip}: {SPOKEN}\n" * 2, "")
 
 
+def test_backends_say_the_same_and_numba_is_the_default(capsys: Captured) -> None:
+    said = {}
+    for backend in ([], ["--backend", "numba"], ["--backend", "numpy"]):
+        assert cli.main(["transcribe", "--output-format", "json", *backend]) == 0
+        said[" ".join(backend)] = json.loads(capsys.readouterr().out)
+    default, numba, numpy = said.values()
+    assert default == numba
+    for a, b in zip(default["words"], numpy["words"], strict=True):
+        assert (a["text"], a["start"], a["end"]) == (b["text"], b["start"], b["end"])
+        assert a["confidence"] == pytest.approx(b["confidence"], abs=0.01)  # logits up to 20 agree to 2e-4 of that
+    for command in ("transcribe", "classify", "plot", "explain"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert "(default: numba)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_precisions_say_the_same(capsys: Captured) -> None:
+    for arguments in (["--precision", "high"], ["--precision", "highest"], []):
+        assert cli.main(["transcribe", str(cli.CLIP), *arguments]) == 0
+        assert capsys.readouterr() == (SPOKEN + "\n", "")
+    assert sewd_np.transcribe(str(cli.CLIP), precision="highest").text == SPOKEN
+    labels = [sewd_np.classify(str(cli.CLIP), precision=precision) for precision in ("high", "highest")]
+    for high, highest in zip(*labels, strict=True):
+        assert high.label == highest.label and high.score == pytest.approx(highest.score, abs=0.01)
+
+
+def test_info_says_how_products_are_computed(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_unit, precision, said in (
+        (True, [], "products on the matrix unit (AMX, precision high)"),
+        (True, ["--precision", "high"], "products on the matrix unit (AMX, precision high)"),
+        (True, ["--precision", "highest"], "products in float32"),
+        (False, ["--precision", "high"], "products in float32"),
+    ):
+        monkeypatch.setattr(cpu_kernels, "available", lambda has_unit=has_unit: has_unit)
+        for backend in [["--backend", "numba"]] + [[]] * bool(precision):
+            assert cli.main(["info", "an4", *backend, *precision]) == 0
+            line = next(line for line in capsys.readouterr().out.splitlines() if "kernels: Numba, on" in line)
+            assert line.endswith(said)
+
+
 def test_json_is_one_object_a_line(capsys: Captured) -> None:
     clip = str(cli.CLIP)
     assert cli.main(["transcribe", clip, clip, "--output-format", "json"]) == 0
@@ -94,6 +134,8 @@ def test_too_short_a_file_is_named(capsys: Captured, tmp_path: Path) -> None:
     [
         (["transcribe", "--model", "no-such-model"], "no-such-model"),
         (["transcribe", "--backend", "abacus"], "'abacus'"),
+        (["transcribe", "--backend", "numpy", "--precision", "high"], "precision is given for backend 'numpy'"),
+        (["info", "an4", "--backend", "numpy", "--precision", "high"], "precision is given for backend 'numpy'"),
         (["classify", "x.wav"], "x.wav"),
         (["classify", "x.wav", "--model", "an4"], "has a CTC head, but classify needs"),
         (["info", "no-such-model"], "no-such-model"),
@@ -110,7 +152,8 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys: Captured, arguments: list
 
 
 def test_wrong_arguments_exit_with_2(capsys: Captured) -> None:
-    for arguments in ([], ["sing"], ["transcribe", "--output-format", "xml"], ["classify"]):
+    unknown = ["transcribe", "--precision", "low"]
+    for arguments in ([], ["sing"], ["transcribe", "--output-format", "xml"], unknown, ["classify"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
@@ -150,7 +193,10 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
 def test_a_full_disk_is_one_sentence() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "sewd_np", "transcribe"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "sewd_np", "transcribe", "--backend", "numpy"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "No space left" in done.stderr
@@ -270,10 +316,12 @@ def test_a_slow_first_run_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: 
         return sewd_np.Transcript("GO", (), 1.0)
 
     monkeypatch.setattr(cli, "transcribe", slowly)
+    monkeypatch.setattr(cli, "load_for", lambda *_: small_model("ctc"))
     monkeypatch.setattr(cli, "PATIENCE", 0.05)
-    assert cli.main(["transcribe", str(cli.CLIP), "--backend", "numba"]) == 0
+    assert cli.main(["transcribe", str(cli.CLIP), "--backend", "cuda"]) == 0
     said = capsys.readouterr()
     assert said.out == "GO\n"
-    assert said.err.count("backend numba compiles its kernels") == 1
-    assert cli.main(["transcribe", str(cli.CLIP)]) == 0
-    assert capsys.readouterr().err == ""
+    assert said.err.count("backend cuda compiles its kernels") == 1
+    for backend in ("numpy", "numba"):  # the latter says what it does itself
+        assert cli.main(["transcribe", str(cli.CLIP), "--backend", backend]) == 0
+        assert capsys.readouterr().err == ""

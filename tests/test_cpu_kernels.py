@@ -1,135 +1,31 @@
-"""The compiled kernels one by one, at lengths that hit every tail, against the loops of ``naive``.
+"""The compiled kernels of whole operations, and their mathematics, at lengths that hit every tail, in both forms.
 
-Each test runs twice: compiled, and with every compiled function of the ``cpu_*`` modules put back to the Python it was
-written in, so that the lines themselves are run (and shown by a coverage report), and not only what came of them.
+Against the loops of ``naive``. Products, attention and the matrix unit have files of their own.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import types
-from typing import Any
 
 import numpy as np
 import pytest
-from numba.core.registry import CPUDispatcher
 
-from sewd_np import attention, cpu_attention, cpu_conv, cpu_gemm, cpu_kernels, cpu_math, layers
+from sewd_np import cpu_conv, cpu_kernels, cpu_math, layers
 from sewd_np.config import ACTIVATIONS
-from sewd_np.cpu_attention import QUERIES, STRIP
-from sewd_np.cpu_gemm import COLUMNS, FEW_ROWS, ROWS
+from sewd_np.cpu_gemm import COLUMNS, ROWS, pack
 from sewd_np.cpu_kernels import ROW_BLOCK, Kernels
 from sewd_np.params import Conv, Linear, Norm
 from sewd_np.trace import error_between
-from tests import naive
+from tests import cpu_forms, naive
+from tests.cpu_forms import MODULES, TOLERANCE, compiled_functions, normal, same_by_threads
 
 Array = np.ndarray
-MODULES = (cpu_math, cpu_gemm, cpu_conv, cpu_attention, cpu_kernels)
-# float32 rounds each of up to some 1,000 sums by 2^-24; exp and erf add 5e-7.
-TOLERANCE = 2e-5
-
-
-def compiled_functions(module: types.ModuleType) -> dict[str, CPUDispatcher]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, CPUDispatcher)}
-
-
-@pytest.fixture(params=["compiled", "python"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test with the kernels as they are, then with the functions that they were compiled from."""
-    if request.param == "python":
-        for module in MODULES:
-            for name, function in compiled_functions(module).items():
-                monkeypatch.setattr(module, name, function.py_func)
-    return str(request.param)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-def normal(rng: np.random.Generator, *shape: int) -> Array:
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
-def same_by_threads(operation: str, *args: Any) -> Array:
-    """An operation of ``Kernels`` on 1, 2 and 3 threads; asserts that the results are equal to the last bit."""
-    results = [getattr(Kernels(threads), operation)(*args) for threads in (1, 2, 3)]
-    for result in results:
-        assert result.dtype == np.float32
-        np.testing.assert_array_equal(result, results[0])
-    first: Array = results[0]
-    return first
+form, rng = cpu_forms.form, cpu_forms.rng
 
 
 def test_python_form_has_no_compiled_function_left(form: str) -> None:
     left = {name for module in MODULES for name in compiled_functions(module)}
     assert (left == set()) == (form == "python")
-
-
-# ---------------------------------------------------------------------------- products
-
-
-def test_pack_lays_panels_of_columns_one_after_another(rng: np.random.Generator) -> None:
-    for k, n in itertools.product((0, 1, 5), (1, COLUMNS - 1, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 3)):
-        b = normal(rng, k, n)
-        panels = cpu_gemm.pack(b)
-        assert panels.shape == (math.ceil(n / COLUMNS), k, COLUMNS) and panels.dtype == np.float32
-        for j, row, column in np.ndindex(*panels.shape):
-            at = j * COLUMNS + column
-            assert panels[j, row, column] == (b[row, at] if at < n else 0)
-
-
-def multiplied(a: Array, start: int, stride: int, m: int, k: int, b: Array, bias: Array) -> Array:
-    """``product`` into the middle of an array full of NaN, which must stay NaN around the result."""
-    n, before, gap = b.shape[1], 3, 2
-    c = np.full(before + m * (n + gap) + 5, np.nan, np.float32)
-    panels = np.concatenate([np.full(7, np.nan, np.float32), cpu_gemm.pack(b).reshape(-1)])
-    cpu_gemm.product(a, start, stride, m, k, panels, 7, n, bias, c, before, n + gap)
-    rows = c[before : before + m * (n + gap)].reshape(m, n + gap)
-    assert np.isnan(c[:before]).all() and np.isnan(c[before + m * (n + gap) :]).all() and np.isnan(rows[:, n:]).all()
-    return rows[:, :n].copy()
-
-
-HEIGHTS = [0, 1, 2, FEW_ROWS, FEW_ROWS + 1, ROWS - 1, ROWS, ROWS + 1, ROWS + FEW_ROWS, 2 * ROWS + 3]
-WIDTHS = [1, COLUMNS - 1, COLUMNS, COLUMNS + 1]
-
-
-@pytest.mark.parametrize("k", [0, 1, 7])
-@pytest.mark.parametrize("n", WIDTHS)
-def test_product_at_every_tail(form: str, rng: np.random.Generator, n: int, k: int) -> None:
-    """Rows side by side, with gaps, and overlapping (stride < k), as a convolution's windows do."""
-    start, b, bias = 5, normal(rng, k, n), normal(rng, n)
-    for m, stride in itertools.product(HEIGHTS, {1, max(k - 3, 1), k + 2}):
-        size = max((m - 1) * stride + k, 0)
-        a = np.concatenate([np.full(start, np.nan), normal(rng, size), np.full(4, np.nan)]).astype(np.float32)
-        rows = np.array([a[start + i * stride :][:k] for i in range(m)]).reshape(m, k)
-        got = multiplied(a, start, stride, m, k, b, bias)
-        assert error_between(got, naive.linear(rows, b, bias)) <= TOLERANCE
-
-
-def test_a_row_does_not_depend_on_how_many_are_computed_with_it(rng: np.random.Generator) -> None:
-    for n, k in itertools.product(WIDTHS, (1, 7, 64)):
-        m = 2 * ROWS + 3
-        a, b, bias = normal(rng, m * k), normal(rng, k, n), normal(rng, n)
-        whole = multiplied(a, 0, k, m, k, b, bias)
-        for first, count in itertools.product(range(m), HEIGHTS):
-            count = min(count, m - first)
-            part = multiplied(a, first * k, k, count, k, b, bias)
-            np.testing.assert_array_equal(part, whole[first : first + count])
-
-
-def test_the_first_rungs_equal_the_last(form: str, rng: np.random.Generator) -> None:
-    for m, k, n in [(1, 1, 1), (5, 9, 3), (13, 4, 33)]:
-        a, b, bias = normal(rng, m * k), normal(rng, k, n), normal(rng, n)
-        c = np.zeros(m * n, np.float32)
-        cpu_gemm.product_v1(a, 0, k, m, k, b, bias, c, 0, n)
-        assert error_between(c.reshape(m, n), multiplied(a, 0, k, m, k, b, bias)) <= TOLERANCE
-        x, weight, shift = 2 + normal(rng, m, n), normal(rng, n), normal(rng, n)
-        out = np.empty_like(x)
-        cpu_kernels.layer_norm_v1(x, weight, shift, 1e-5, out)
-        assert error_between(Kernels(1).layer_norm(x, weight, shift, 1e-5), out) <= TOLERANCE
 
 
 # ------------------------------------------------------------------------- mathematics
@@ -230,7 +126,7 @@ def test_dense_layers_at_every_tail(form: str, rng: np.random.Generator, rows: i
     into, out_of = Linear(normal(rng, d, inner), normal(rng, inner)), Linear(normal(rng, inner, d), normal(rng, d))
 
     def packed(linear: Linear) -> Linear:
-        return Linear(cpu_gemm.pack(linear.weight), linear.bias)
+        return Linear(pack(linear.weight), linear.bias)
 
     got = same_by_threads("linear", x, *packed(first), "gelu")
     assert error_between(got, naive.linear(x, *first, "gelu")) <= TOLERANCE
@@ -334,148 +230,6 @@ def test_squeeze_by_kernel_and_group(form: str, rng: np.random.Generator, groups
         got = same_by_threads("squeeze", x, packed, factor, "gelu")
         want = naive.squeeze(x, conv, factor, "gelu")
         assert got.shape == want.shape
-        assert error_between(got, want) <= TOLERANCE
-
-
-# --------------------------------------------------------------------------- attention
-
-BUCKETS = {  # buckets, longest distance, span: logarithmic and far beyond, one each and clipped, wider than a panel
-    "log": (4, 8, 4),
-    "clipped": (-1, 3, 3),
-    "wide": (-1, 2 * COLUMNS + 5, 2 * COLUMNS + 5),
-    "one": (-1, 1, 1),
-}
-FRAMES = sorted({1, 2, *(size + more for size in (QUERIES, STRIP, COLUMNS) for more in (-1, 0, 1)), 2 * QUERIES + 1})
-TABLES = ["", "c2p", "p2c", "c2p p2c"]
-
-
-@pytest.mark.parametrize(("buckets", "longest", "span"), [*BUCKETS.values(), (256, 512, 256), (9, 30, 9)])
-def test_distances_are_the_index_by_pair(buckets: int, longest: int, span: int) -> None:
-    for frames in (1, 2, 3, 40, 130):
-        index = cpu_attention.distances(frames, buckets, longest, span)
-        want = naive.relative_index(frames, buckets, longest, span)
-        np.testing.assert_array_equal(cpu_attention.index_by_pair(index, span), want)
-        rows = index.rows
-        assert (np.diff(rows) >= 0).all() and len(rows) == 2 * frames - 1
-        assert (rows[: index.near] == rows[0]).all() and (rows[index.far :] == rows[-1]).all()
-
-
-def attention_case(
-    rng: np.random.Generator, batch: int, frames: int, heads: int, size: int, buckets: str, kinds: str
-) -> tuple[Array, tuple[Array | None, Array | None]]:
-    span = BUCKETS[buckets][2]
-    qkv = normal(rng, batch, frames, 3 * heads * size)
-    pos_key = normal(rng, heads, 2 * span, size) if "c2p" in kinds else None
-    pos_query = normal(rng, heads, 2 * span, size) if "p2c" in kinds else None
-    return qkv, (pos_key, pos_query)
-
-
-def fused(
-    qkv: Array, heads: int, positions: tuple[Array | None, Array | None], buckets: str, scale: float, *masking: Any
-) -> Array:
-    packed = cpu_attention.pack_positions(*positions, scale)
-    index = cpu_attention.distances(qkv.shape[1], *BUCKETS[buckets])
-    has_positions = any(table is not None for table in positions)
-    args = (qkv, heads, packed, index if has_positions else None, scale, *masking)
-    return same_by_threads("disentangled_attention", *args)
-
-
-def looped(
-    qkv: Array, heads: int, positions: tuple[Array | None, Array | None], buckets: str, scale: float, *masking: Any
-) -> Array:
-    index = naive.relative_index(qkv.shape[1], *BUCKETS[buckets])
-    return naive.disentangled_attention(qkv, heads, positions, index, scale, *masking)
-
-
-@pytest.mark.parametrize("kinds", TABLES)
-@pytest.mark.parametrize("frames", FRAMES)
-def test_attention_at_every_tail(form: str, rng: np.random.Generator, frames: int, kinds: str) -> None:
-    size, buckets = (1, 12, 5, 3)[FRAMES.index(frames) % 4], list(BUCKETS)[(FRAMES.index(frames) + len(kinds)) % 4]
-    heads = 2 if frames <= COLUMNS else 1
-    qkv, positions = attention_case(rng, 1, frames, heads, size, buckets, kinds)
-    call = (qkv, heads, positions, buckets, math.sqrt(3 * size))
-    assert error_between(fused(*call), looped(*call)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("kinds", TABLES)
-@pytest.mark.parametrize("size", [1, 12, 16, 48, 64])
-def test_attention_by_head_size(form: str, rng: np.random.Generator, size: int, kinds: str) -> None:
-    qkv, positions = attention_case(rng, 2, 7, 2, size, "log", kinds)
-    call = (qkv, 2, positions, "log", math.sqrt(3 * size))
-    assert error_between(fused(*call), looped(*call)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("mask_queries", [False, True])
-@pytest.mark.parametrize("buckets", BUCKETS)
-def test_attention_sees_nothing_beyond_the_valid_length(
-    form: str, rng: np.random.Generator, buckets: str, mask_queries: bool
-) -> None:
-    frames, size = QUERIES + 2, 3
-    valid = np.array([0, 1, QUERIES // 2, QUERIES, QUERIES + 1, frames, frames + 9])
-    valid = valid[::2] if form == "python" else valid
-    qkv, positions = attention_case(rng, len(valid), frames, 1, size, buckets, "c2p p2c")
-    call = (1, positions, buckets, 3.0, valid, mask_queries)
-    got = fused(qkv, *call)
-    assert error_between(got, looped(qkv, *call)) <= TOLERANCE
-    for b, length in enumerate(valid):
-        if length == 0 or mask_queries:
-            assert (got[b, length:] == 0).all()
-        # Not even NaN beyond the valid length reaches a valid frame.
-        qkv[b, length:, size:] = np.nan
-        if mask_queries:
-            qkv[b, length:] = np.nan
-    np.testing.assert_array_equal(fused(qkv, *call), got)
-
-
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of exp far below its range; it gives 0 there
-@pytest.mark.parametrize("factor", [1e15, -1e15])
-def test_attention_survives_huge_scores(form: str, rng: np.random.Generator, factor: float) -> None:
-    """Scores of ±1e30: one key takes all, and nothing overflows."""
-    qkv, positions = attention_case(rng, 1, STRIP + 3, 1, 3, "log", "")
-    qkv[..., :3] *= np.float32(factor)
-    qkv[..., 3:6] *= np.float32(1e15)
-    got = fused(qkv, 1, positions, "log", 3.0)
-    assert np.isfinite(got).all()
-    assert error_between(got, looped(qkv, 1, positions, "log", 3.0)) <= TOLERANCE
-    qkv[..., 3:6] = 1e15  # all keys the same: the mean of the values
-    got = fused(qkv, 1, positions, "log", 3.0)
-    assert error_between(got, np.broadcast_to(qkv[..., 6:].mean(axis=1, keepdims=True), got.shape)) <= TOLERANCE
-
-
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_softmax_of_one_row(form: str, rng: np.random.Generator) -> None:
-    """Rows of given scores: lengths about a strip, −∞ among them, huge ones, NaN.
-
-    With head size 1 and every query 1 the scores are the keys; the values are those of the softmax's own weights.
-    """
-
-    def softmax_times(scores: Array, values: Array) -> Array:
-        qkv = np.stack([np.ones_like(scores), scores, values], axis=-1).astype(np.float32)
-        return fused(qkv[None], 1, (None, None), "log", 1.0)[0, :, 0]
-
-    rows = [9 * normal(rng, n) for n in (1, 2, STRIP - 1, STRIP, STRIP + 1, 2 * STRIP, 2 * STRIP + 1)]
-    some = normal(rng, STRIP + 5)
-    some[::3] = -np.inf
-    rows += [some, np.full(STRIP + 1, 1e30), np.full(3, -1e30), np.array([3e38, -3e38, 0]), 1e9 * rows[-1]]
-    for row in rows if form == "compiled" else rows[::3]:
-        scores, values = row.astype(np.float32), normal(rng, len(row))
-        shares = naive.softmax([float(v) for v in scores])
-        want = math.fsum(share * float(v) for share, v in zip(shares, values, strict=True))
-        assert error_between(softmax_times(scores, values), np.full(len(row), want)) <= 2e-6
-    broken = np.array([1, np.nan, 2], np.float32)
-    assert np.isnan(softmax_times(broken, np.ones(3, np.float32))).all()
-
-
-def test_attention_keeps_the_position_of_each_key(rng: np.random.Generator) -> None:
-    """Longer than any constant stretch on both sides: every frame is near, far before and far behind some other."""
-    frames = 5 * QUERIES + 7
-    for buckets, kinds in itertools.product(BUCKETS, TABLES[1:]):
-        qkv, positions = attention_case(rng, 1, frames, 2, 4, buckets, kinds)
-        got = fused(qkv, 2, positions, buckets, 3.0)
-        exact = [None if table is None else table.astype(np.float64) for table in positions]
-        by_pair = attention.relative_index(frames, *BUCKETS[buckets])
-        # The definition, which the loops hold at shorter lengths.
-        want = attention.disentangled_attention(qkv.astype(np.float64), 2, (exact[0], exact[1]), by_pair, 3.0)
         assert error_between(got, want) <= TOLERANCE
 
 

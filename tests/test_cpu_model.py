@@ -4,9 +4,11 @@ about the process around them. That the numbers are right is ``test_whole_model_
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -29,11 +31,14 @@ from sewd_np import (
     SEWDForSequenceClassification,
     SEWDModel,
     backend,
+    cpu_amx,
     cpu_attention,
     cpu_conv,
     cpu_gemm,
     cpu_kernels,
+    cpu_lines,
     cpu_math,
+    cpu_positions,
 )
 from sewd_np.config import SEWDConfig
 from sewd_np.model import SEWDOutput
@@ -43,7 +48,8 @@ from tests import reference
 
 Array = np.ndarray
 CLASSES: dict[str, Any] = {"model": SEWDModel, "ctc": SEWDForCTC, "classification": SEWDForSequenceClassification}
-# Some 30 operations of up to 2e-5 each (test_operations); PyTorch's own float32 error is of this size.
+# Some 30 operations of up to 2e-5 each (test_operations); PyTorch's own float32 error is of this size. Precision "high"
+# multiplies numbers of 17 bits where there is a matrix unit, and holds to the same.
 FLOAT32 = 2e-4
 
 # The published ladder, 320 samples a frame, with few channels; buckets that a recording of four seconds goes beyond.
@@ -54,16 +60,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "squeeze 3, even kernel": {"squeeze_factor": 3, "num_conv_pos_embeddings": 4, "hidden_act": "mish"},
     "deberta convolution": {"conv_kernel_size": 3, "pos_att_type": ["p2c"]},
     "no buckets, no projection": {"position_buckets": -1, "conv_dim": [8] * 12 + [48], "pos_att_type": ["c2p"]},
+    "matrix unit": reference.FOR_THE_UNIT,
 }
 HEADS = ["ctc", "classification", "model"]
 
 
 def build(
-    options: dict[str, Any], head: str = "ctc", threads: int | None = 2, params: dict[str, Array] | None = None
+    options: dict[str, Any],
+    head: str = "ctc",
+    threads: int | None = 2,
+    params: dict[str, Array] | None = None,
+    precision: str | None = None,
 ) -> Any:
     config = SEWDConfig.from_dict({**SMALL, **options})
     params = random_params(config, head, seed=3) if params is None else params
-    return CLASSES[head](config, params, backend.get_operations("numba", threads=threads))
+    return CLASSES[head](config, params, backend.get_operations("numba", threads=threads, precision=precision))
 
 
 def waves(batch: int, samples: int, seed: int = 0) -> Array:
@@ -110,10 +121,11 @@ def test_all_cores_are_the_default() -> None:
     assert_same(build({}, threads=None)(wave), build({}, threads=1)(wave))
 
 
-def test_the_batch_does_not_change_a_bit() -> None:
+@pytest.mark.parametrize("options", [{}, reference.FOR_THE_UNIT], ids=["as published", "matrix unit"])
+def test_the_batch_does_not_change_a_bit(options: dict[str, Any]) -> None:
     wave = waves(5, 9_000)
     for head in HEADS:
-        model = build({}, head)
+        model = build(options, head)
         together = model(wave, output_hidden_states=True)
         for b in range(len(wave)):
             alone = model(wave[b : b + 1], output_hidden_states=True)
@@ -171,6 +183,25 @@ def test_error_against_double_precision(
         assert error_between(traced.last_hidden_state, fused.last_hidden_state) <= FLOAT32
 
 
+def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "highest" is what a machine without the matrix unit computes, bit by bit; "high" differs where there is one."""
+    wave, mask = waves(2, 20_000), mask_of([20_000, 13_579])
+    for head in HEADS:
+        high, highest = (build(reference.FOR_THE_UNIT, head, precision=name) for name in ("high", "highest"))
+        params = {name: value.astype(np.float64) for name, value in high.params.items()}
+        exact = CLASSES[head](high.config, params, backend.NUMPY)(wave, mask, output_hidden_states=True)
+        got, want = (model(wave, mask, output_hidden_states=True) for model in (high, highest))
+        for out in (got, want):
+            assert max(map(error_between, arrays_of(out), arrays_of(exact))) <= FLOAT32
+        split = {linear.weight.dtype == np.uint16 for linear in (high.weights.upsample, high.weights.layers[0].output)}
+        assert split == {cpu_amx.available()} and highest.weights.upsample.weight.dtype == np.float32
+        assert np.array_equal(got.last_hidden_state, want.last_hidden_state) != cpu_amx.available()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(cpu_kernels, "available", lambda: False)
+            without_unit = build(reference.FOR_THE_UNIT, head)
+        assert_same(without_unit(wave, mask, output_hidden_states=True), want)
+
+
 def test_one_trace_point_at_a_time_does_not_change_the_result() -> None:
     """Whichever explicit form a point asks for agrees with the fused one."""
     model, wave, mask = build({"num_hidden_layers": 1, "conv_kernel_size": 3}), waves(2, 8_000), mask_of([8_000, 5_555])
@@ -214,7 +245,7 @@ def test_scratch_memory_of_a_longer_call_does_not_show_in_a_shorter_one() -> Non
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_model_serves_eight_threads_at_once(threads: int) -> None:
-    model = build({}, threads=threads)
+    model = build(reference.FOR_THE_UNIT, threads=threads)
     inputs = [waves(1 + number % 2, 2_000 + 1_500 * number, number) for number in range(16)]
     want = [model(wave, output_hidden_states=True) for wave in inputs]
     start = threading.Barrier(8)
@@ -237,7 +268,7 @@ def answer(connection: Connection, model: Any, wave: Array) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_process_computes_the_same() -> None:
     """The parent's threads do not live on in the child: it must start its own, and the parent keeps working."""
-    model, wave = build({}, threads=2), waves(1, 20_000)
+    model, wave = build(reference.FOR_THE_UNIT, threads=2), waves(1, 20_000)
     want = model(wave).logits
     context = multiprocessing.get_context("fork")
     for _ in range(2):
@@ -254,6 +285,40 @@ def test_a_forked_process_computes_the_same() -> None:
         np.testing.assert_array_equal(model(wave).logits, want)
 
 
+def test_a_copy_is_a_model_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    wave = waves(1, 9_000)
+    for precision in ("high", "highest"):
+        model = build(reference.FOR_THE_UNIT, threads=3, precision=precision)
+        want = model(wave)
+        for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other) is type(model) and other.config == model.config
+            assert other.ops.describe() == model.ops.describe() and "on 3 threads" in other.ops.describe()["kernels"]
+            assert other.weights is not model.weights and not other.params["lm_head.weight"].flags.writeable
+            assert_same(other(wave), want)
+    moved, want = pickle.dumps(build(reference.FOR_THE_UNIT)), want.logits  # "highest" is what comes without a unit
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    np.testing.assert_array_equal(pickle.loads(moved)(wave).logits, want)
+
+
+UNPICKLED = """
+import pickle, sys
+import numpy as np
+with open(sys.argv[1], "rb") as file:
+    model, wave, want = pickle.load(file)
+assert np.array_equal(model(wave).logits, want)
+"""
+
+
+def test_a_pickle_computes_the_same_in_another_process(tmp_path: Path) -> None:
+    """The system lets a process use the matrix unit only after it has asked, so a new one must ask for itself."""
+    model, wave = build(reference.FOR_THE_UNIT), waves(1, 9_000)
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, wave, model(wave).logits)))
+    command = [sys.executable, "-c", UNPICKLED, str(tmp_path / "model.pickle")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sewd_np.__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 # ------------------------------------------------------------------------- foreign arrays
 
 
@@ -261,7 +326,7 @@ def compiled_versions() -> dict[str, int]:
     """How often each kernel has been compiled."""
     return {
         f"{module.__name__}.{name}": len(value.signatures)
-        for module in (cpu_math, cpu_gemm, cpu_conv, cpu_attention, cpu_kernels)
+        for module in (cpu_amx, cpu_lines, cpu_math, cpu_gemm, cpu_conv, cpu_positions, cpu_attention, cpu_kernels)
         for name, value in vars(module).items()
         if isinstance(value, CPUDispatcher)
     }
@@ -391,3 +456,4 @@ def test_works_where_no_compiled_code_can_be_kept(tmp_path: Path, has_cache_dir:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith(f"computed {package}")
+    assert done.stderr.count("compiling the CPU kernels") == done.stderr.count("in every process") == 1

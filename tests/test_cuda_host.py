@@ -91,6 +91,8 @@ def test_what_the_backend_does_not_take() -> None:
         backend.get_operations("cuda", np.float64)
     with pytest.raises(ValueError, match="threads is given for backend 'cuda'"):
         backend.get_operations("cuda", threads=2)
+    with pytest.raises(ValueError, match="precision is given for backend 'cuda'"):
+        backend.get_operations("cuda", precision="highest")
 
 
 def test_out_of_memory_says_what_was_asked_and_what_is_free() -> None:

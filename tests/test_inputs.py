@@ -97,8 +97,12 @@ def test_unknown_names(model: sewd_np.SEWDForCTC) -> None:
     for threads in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match=r"threads is .*at least 1"):
             get_operations("numba", threads=threads)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="or choose 'numba'"):
-        get_operations("numpy", threads=2)
+    for precision in ("", "low", "HIGH", 32):
+        with pytest.raises(ValueError, match=r"precision is .*; it must be one of 'high', 'highest'\."):
+            get_operations("numba", precision=precision)  # type: ignore[arg-type]
+    for given in ({"threads": 2}, {"precision": "highest"}, {"precision": "high"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(given))} is given for backend 'numpy'.* or choose 'numba'"):
+            get_operations("numpy", **given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'\*\.nothing' matches no point.*names look like"):
         model(wave(), trace=sewd_np.Trace("*.nothing"))
     with pytest.raises(TypeError, match="must be a string"):

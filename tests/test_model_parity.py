@@ -10,13 +10,14 @@ import torch
 
 from sewd_np.config import ACTIVATIONS, SEWDConfig
 from sewd_np.trace import Trace, compare, error_between, points, shapes
-from tests.reference import SMALL, build, mask_of, original_padding, ours, points_of, wave
+from tests.reference import FOR_THE_UNIT, SMALL, build, mask_of, original_padding, ours, points_of, wave
 
 BACKENDS = ["numpy", "numba"]
 
 # float64: transformers rounds the score scale sqrt(3e) to float32, a relative error of up to 3e-8; where 3e is a
 # perfect square nothing is rounded and only the order of summation differs. float32: 13 convolutions, L layers and
 # sums over up to 3,000 numbers of 2^-24 relative precision each; PyTorch's own float32 error is of the same size.
+# Precision "high" multiplies numbers of 17 bits where the machine has a matrix unit, and holds to the same.
 FLOAT64_ROUNDED_SCALE = 1e-7
 FLOAT64 = 1e-10
 FLOAT32 = 2e-4
@@ -55,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one_layer": {"num_hidden_layers": 1},
     "one_head": {"num_attention_heads": 1},
     "attention_head_size": {"attention_head_size": 12},
+    "matrix_unit": FOR_THE_UNIT,
     **{f"act_{name}": {"hidden_act": name, "feat_extract_activation": name} for name in ACTIVATIONS},
 }
 
@@ -88,16 +90,19 @@ def tolerance_of(options: dict[str, Any], dtype: torch.dtype) -> float:
 
 
 # float64 is for the NumPy definition; the fast backends compute in float32.
-RUNS = [("numpy", torch.float64), *((backend, torch.float32) for backend in BACKENDS)]
+RUNS = [("numpy", torch.float64, None), ("numpy", torch.float32, None), ("numba", torch.float32, "highest")]
+EVERY_OPTION = [(case, *run) for case in CASES for run in RUNS]
+# Elsewhere the two precisions are the same: no product has a depth for the unit.
+EVERY_OPTION += [(case, "numba", torch.float32, "high") for case in ("head_size_16", "matrix_unit")]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), RUNS)
-@pytest.mark.parametrize("case", CASES)
-def test_every_option(case: str, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "backend", "dtype", "precision"), EVERY_OPTION)
+def test_every_option(case: str, backend: str, dtype: torch.dtype, precision: str | None) -> None:
     """Odd and even frame counts, one and several recordings, with and without a mask; logits, states, maps, loss."""
     options = options_of(case)
     hf = build(options, dtype=dtype)
-    model = ours(hf, backend=backend)
+    model = ours(hf, backend=backend, precision=precision)
+    fused_to_explicit = 1e-12 if dtype == torch.float64 else FLOAT32 if precision == "high" else 2e-5
     for frames, batch, valid in ((12, 1, None), (13, 2, None), (13, 2, 9), (22, 3, 14), (21, 2, 20), (25, 1, 23)):
         samples = samples_for(options, frames)
         lengths = None if valid is None else [samples] * (batch - 1) + [samples_for(options, valid)]
@@ -111,7 +116,7 @@ def test_every_option(case: str, backend: str, dtype: torch.dtype) -> None:
         # transformers takes log_softmax in float32 even in double precision
         assert out.loss == pytest.approx(float(expected.loss), rel=1e-6 if dtype == torch.float64 else 1e-4)
         fused = model(inputs.numpy(), numpy_mask)
-        assert error_between(fused.logits, out.logits) <= (1e-12 if dtype == torch.float64 else 2e-5)
+        assert error_between(fused.logits, out.logits) <= fused_to_explicit
         assert fused.hidden_states is None and fused.attentions is None and fused.loss is None
 
 

@@ -20,10 +20,10 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from sewd_np import backend
-from sewd_np.cpu_attention import Distances, index_by_pair, pack_positions
 from sewd_np.cpu_conv import pack_encoder, pack_positional
 from sewd_np.cpu_gemm import pack
 from sewd_np.cpu_kernels import own
+from sewd_np.cpu_positions import Distances, index_by_pair, pack_positions
 from sewd_np.params import Linear, Norm
 from sewd_np.trace import error_between
 from tests import naive
@@ -116,7 +116,7 @@ def packed(operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         case "squeeze", (x, conv, *rest):
             return x, pack_positional(conv), *rest
         case "disentangled_attention", (qkv, heads, positions, index, scale, *masking):
-            return qkv, heads, pack_positions(positions[0], positions[1], scale), index, scale, *masking
+            return qkv, heads, pack_positions(positions[0], positions[1], scale, False), index, scale, *masking
     return args
 
 
@@ -207,6 +207,9 @@ def test_backends_are_chosen_by_name() -> None:
     assert (*(table.name for table in TABLES), "cuda") == backend.BACKENDS
     assert backend.get_operations("numpy") is NUMPY
     assert backend.get_operations("numba").name == "numba"
+    assert backend.get_operations().name == backend.DEFAULT_BACKEND == "numba"
+    assert backend.get_operations(dtype="float64") is NUMPY  # it alone has float64
+    assert backend.get_operations(threads=3).name == "numba"
     with pytest.raises(ValueError, match=r"backend is 'torch'; it must be one of 'numpy', 'numba'"):
         backend.get_operations("torch")
     with pytest.raises(ValueError, match="dtype is float16; backend 'numpy' computes in float32 or float64"):

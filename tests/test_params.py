@@ -222,7 +222,7 @@ def test_prepare_packs_for_the_numba_kernels() -> None:
     params = random_params(config, "classification")
     for value in params.values():
         value.flags.writeable = False
-    ops = backend.get_operations("numba", threads=1)
+    ops = backend.get_operations("numba", threads=1, precision="highest")
     plain, packed, again = prepare(params, config), ops.prepare(params, config), ops.prepare(params, config)
     for name in ("conv_layers", "pos_conv", "conv", "rel_embeddings", "rel_embeddings_normed", "masked_spec_embed"):
         for ours, theirs in zip(arrays_of(getattr(packed, name)), arrays_of(getattr(plain, name)), strict=True):

@@ -74,10 +74,20 @@ def noise(samples: int, seed: int = 0) -> np.ndarray:
 # ------------------------------------------------------------------------ transcribe
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_bundled_clip(dtype: type) -> None:
-    model = sewd_np.load("an4", dtype=dtype)
-    assert model.dtype == dtype
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ({}, ("numba", "float32")),
+        ({"dtype": np.float32}, ("numba", "float32")),
+        ({"dtype": "float64"}, ("numpy", "float64")),  # only "numpy" computes in float64
+        ({"backend": "numba"}, ("numba", "float32")),
+        ({"backend": "numpy"}, ("numpy", "float32")),
+        ({"backend": "numpy", "dtype": np.float64}, ("numpy", "float64")),
+    ],
+)
+def test_bundled_clip(asked: dict[str, Any], given: tuple[str, str]) -> None:
+    model = sewd_np.load("an4", **asked)
+    assert (model.ops.name, model.dtype) == given
     result = sewd_np.transcribe(CLIP, model=model)
     assert result.text == SPOKEN
     assert [word.text for word in result.words] == SPOKEN.split()
@@ -221,16 +231,26 @@ def test_load_says_what_it_could_not_find() -> None:
         sewd_np.load("an5")
     with pytest.raises(ValueError, match="backend is 'abacus'"):
         sewd_np.transcribe(noise(900), backend="abacus")
-    with pytest.raises(ValueError, match="dtype is int32"):
+    with pytest.raises(ValueError, match="dtype is int32; backend 'numpy' computes in float32 or float64"):
         sewd_np.load("an4", dtype=np.int32)
+    with pytest.raises(ValueError, match="dtype is float64; backend 'numba' computes in float32"):
+        sewd_np.load("an4", backend="numba", dtype=np.float64)
+    for call in (sewd_np.load, sewd_np.SEWDForCTC.from_pretrained):
+        with pytest.raises(ValueError, match="precision is 'low'; it must be one of 'high', 'highest'"):
+            call("an4", precision="low")
+    for recognize in (sewd_np.transcribe, sewd_np.classify):
+        with pytest.raises(ValueError, match="precision is 'low'; it must be one of 'high', 'highest'"):
+            recognize(noise(900), precision="low")
 
 
 def test_arguments_that_a_loaded_model_cannot_follow_are_refused() -> None:
-    model = sewd_np.load("an4")
     wave = np.zeros(16_000, np.float32)
-    for options in ({"backend": "numba"}, {"backend": "nonsense"}, {"threads": 2}):
-        with pytest.raises(ValueError, match=r"already loaded on 'numpy'; give them to load\(\) instead"):
-            sewd_np.transcribe(wave, model=model, **options)
+    for loaded, other in (("numpy", "numba"), ("numba", "numpy")):
+        model = sewd_np.load("an4", backend=loaded)
+        for options in ({"backend": other}, {"backend": "nonsense"}, {"threads": 2}, {"precision": "high"}):
+            with pytest.raises(ValueError, match=rf"already loaded on '{loaded}'; give it to load\(\) instead"):
+                sewd_np.transcribe(wave, model=model, **options)
+        assert sewd_np.transcribe(wave, model=model, backend=loaded) == sewd_np.transcribe(wave, model=model)
 
 
 def test_no_model_means_the_bundled_one() -> None:

@@ -1,0 +1,178 @@
+"""Sixteen numbers at a time: the few steps that a loop says but the compiler will not make vector instructions of.
+
+LLVM turns a loop over a row into vector instructions once it knows that what is written is not read, and keeps the
+plain loop for the numbers left over, which for a row of 64 may be all. Where rows are short, or lie in one array,
+kernels use these instead. Each function here does to a *line* of 16 numbers what its NumPy body says; compiled it is a
+load or two, the operation, and a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+Array = np.ndarray
+LINE = 16
+HALF, CUT = 0x8000, 0xFFFF0000  # half of the last bit that a bfloat16 keeps of a float32, and the bits it keeps
+SIZE, INFINITE = 0x7FFFFFFF, 0x7F800000  # all bits but the sign, and those of infinity
+
+
+def copy_line(target, t, source, s):
+    """target[t : t + LINE] = source[s : s + LINE]."""
+    target[t : t + LINE] = source[s : s + LINE]
+
+
+def add_line(target, t, source, s):
+    """target[t : t + LINE] += source[s : s + LINE]."""
+    target[t : t + LINE] += source[s : s + LINE]
+
+
+def max_line(target, t, source, s):
+    """target[t : t + LINE] = the larger of itself and source[s : s + LINE]; a NaN in source does not count."""
+    old, new = target[t : t + LINE], source[s : s + LINE]
+    target[t : t + LINE] = np.where(new > old, new, old)
+
+
+def mix_line(target, t, source, s, bit):
+    """Of target[t : t + LINE], the numbers whose place has ``bit`` set become those of source[s : s + LINE]."""
+    places = np.flatnonzero(np.arange(LINE) & bit)
+    target[t + places] = source[s + places]
+
+
+def pair_line(target, t, even, e, odd, o):
+    """target[t + c] = (even[e + c], odd[o + c]) for a line: two uint16 in one uint32."""
+    target[t : t + LINE] = even[e : e + LINE] | odd[o : o + LINE].astype(np.uint32) << np.uint32(16)
+
+
+def split_line(upper, u, lower, w, x, i):
+    """x[i : i + LINE] as two bfloat16 pieces in uint16: each number rounded, and what the rounding left, rounded.
+
+    Rounding adds half of the last bit kept and cuts; numbers so large that this gave infinity are only cut, and so is
+    NaN, whose bits might run over. Infinity leaves nothing. Of NaN one piece or both are NaN.
+    """
+    numbers = x[i : i + LINE]
+    bits = numbers.view(np.uint32)
+    size = bits & np.uint32(SIZE)
+    half = np.where(size < INFINITE - HALF, np.uint32(HALF), np.uint32(0))
+    kept = (bits + half) & np.uint32(CUT)
+    with np.errstate(invalid="ignore"):
+        rest = np.where(size == INFINITE, np.float32(0), numbers - kept.view(np.float32))
+    upper[u : u + LINE] = kept >> np.uint32(16)
+    lower[w : w + LINE] = (rest.view(np.uint32) + np.uint32(HALF)) >> np.uint32(16)
+
+
+# -------------------------------------------------------------------- the same in LLVM's language
+
+_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), LINE), ir.VectorType(ir.IntType(32), LINE)
+_HALVES = ir.VectorType(ir.IntType(16), LINE)
+
+
+def _words(numbers: list[int]) -> Any:
+    return ir.Constant(_WORDS, numbers)
+
+
+def _load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2 if kind is _HALVES else 4)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2 if value.type == _HALVES else 4)
+
+
+def _intrinsic(write: Callable[..., None]) -> Any:
+    """An operation on three addresses (the third may be another whole number) whose instructions ``write`` gives."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        write(builder, *arguments)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def operation(typing_context, first, second, third):
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    return operation
+
+
+def _copy(builder: Any, target: Any, source: Any, _: Any) -> None:
+    _store(builder, _load(builder, source, _FLOATS), target)
+
+
+def _add(builder: Any, target: Any, source: Any, _: Any) -> None:
+    _store(builder, builder.fadd(_load(builder, target, _FLOATS), _load(builder, source, _FLOATS)), target)
+
+
+def _max(builder: Any, target: Any, source: Any, _: Any) -> None:
+    old, new = _load(builder, target, _FLOATS), _load(builder, source, _FLOATS)
+    _store(builder, builder.select(builder.fcmp_ordered(">", new, old), new, old), target)
+
+
+def _mix(builder: Any, target: Any, source: Any, bit: Any) -> None:
+    old, new = _load(builder, target, _FLOATS), _load(builder, source, _FLOATS)
+    word, undefined = ir.IntType(32), ir.Constant(_WORDS, ir.Undefined)
+    first = builder.insert_element(undefined, builder.trunc(bit, word), ir.Constant(word, 0))
+    everywhere = builder.shuffle_vector(first, undefined, _words([0] * LINE))
+    chosen = builder.and_(_words(list(range(LINE))), everywhere)
+    _store(builder, builder.select(builder.icmp_signed("!=", chosen, _words([0] * LINE)), new, old), target)
+
+
+def _pair(builder: Any, target: Any, even: Any, odd: Any) -> None:
+    low, high = (builder.zext(_load(builder, address, _HALVES), _WORDS) for address in (even, odd))
+    _store(builder, builder.or_(low, builder.shl(high, _words([16] * LINE))), target)
+
+
+def _split(builder: Any, upper: Any, lower: Any, x: Any) -> None:
+    half, shift, infinity = (_words([number] * LINE) for number in (HALF, 16, INFINITE))
+    numbers = _load(builder, x, _FLOATS)
+    bits = builder.bitcast(numbers, _WORDS)
+    size = builder.and_(bits, _words([SIZE] * LINE))
+    roundable = builder.icmp_signed("<", size, _words([INFINITE - HALF] * LINE))
+    kept = builder.and_(builder.select(roundable, builder.add(bits, half), bits), _words([CUT] * LINE))
+    infinite = builder.icmp_signed("==", size, infinity)
+    rest = builder.fsub(numbers, builder.bitcast(kept, _FLOATS))
+    rest = builder.select(infinite, ir.Constant(_FLOATS, [0.0] * LINE), rest)
+    _store(builder, builder.trunc(builder.lshr(kept, shift), _HALVES), upper)
+    rounded = builder.add(builder.bitcast(rest, _WORDS), half)
+    _store(builder, builder.trunc(builder.lshr(rounded, shift), _HALVES), lower)
+
+
+_copied, _added, _maximum = _intrinsic(_copy), _intrinsic(_add), _intrinsic(_max)
+_mixed, _paired, _parted = _intrinsic(_mix), _intrinsic(_pair), _intrinsic(_split)
+
+
+@overload(copy_line, inline="always")
+def _copy_line(target, t, source, s):
+    return lambda target, t, source, s: _copied(target.ctypes.data + 4 * t, source.ctypes.data + 4 * s, 0)
+
+
+@overload(add_line, inline="always")
+def _add_line(target, t, source, s):
+    return lambda target, t, source, s: _added(target.ctypes.data + 4 * t, source.ctypes.data + 4 * s, 0)
+
+
+@overload(max_line, inline="always")
+def _max_line(target, t, source, s):
+    return lambda target, t, source, s: _maximum(target.ctypes.data + 4 * t, source.ctypes.data + 4 * s, 0)
+
+
+@overload(mix_line, inline="always")
+def _mix_line(target, t, source, s, bit):
+    return lambda target, t, source, s, bit: _mixed(target.ctypes.data + 4 * t, source.ctypes.data + 4 * s, bit)
+
+
+@overload(pair_line, inline="always")
+def _pair_line(target, t, even, e, odd, o):
+    return lambda target, t, even, e, odd, o: _paired(
+        target.ctypes.data + 4 * t, even.ctypes.data + 2 * e, odd.ctypes.data + 2 * o
+    )
+
+
+@overload(split_line, inline="always")
+def _split_line(upper, u, lower, w, x, i):
+    return lambda upper, u, lower, w, x, i: _parted(
+        upper.ctypes.data + 2 * u, lower.ctypes.data + 2 * w, x.ctypes.data + 4 * i
+    )
