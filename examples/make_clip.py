@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("text", help="what to say, in lower case")
     parser.add_argument("path", type=Path, help="where to write it: .flac or .wav")
     parser.add_argument("--voice", default="rms", help="flite voice (default: rms)")
-    parser.add_argument("--stretch", type=float, default=1.1, help="factor on every duration (default: 1.1)")
+    parser.add_argument("--stretch", type=float, default=1.15, help="factor on every duration (default: 1.15)")
     options = parser.parse_args()
     make_clip(options.text, options.path, options.voice, options.stretch)
 

@@ -5,13 +5,15 @@
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
 1. *Data* (``training_data.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices, hours of
-   text-to-speech, AN4's words put together anew; each clip is heard at another speed, in another room, over another
-   line, in other noise, every time.
+   text-to-speech, AN4's words put together anew; each clip at another speed, in another room, over another line, in
+   other noise, every time.
 2. *Warm the front end.* From random weights the CTC loss stays on a plateau where the model emits nothing. The 13
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.
 3. *CTC*, with a second CTC loss halfway up, dropout and SpecAugment, by the clock: learning rate and mixture depend on
-   the share of ``--minutes`` that has passed, so a slower machine makes fewer steps of the same course.
+   the share of ``--minutes`` that has passed, so a slower machine makes fewer steps of the same course. The lower
+   convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept, for
+   several steps, in a store of some hours that is renewed all the time (``fast_twin.py``). Muon moves the matrices.
 4. *Choose.* Every few minutes the average of the last checkpoints is tried on the dev speakers; the best is kept.
 5. *Export* to float16 safetensors and a model card, and check that sewd_np gives the same text as PyTorch.
 
@@ -36,19 +38,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads must 
 import jiwer
 import numpy as np
 import torch
+import torch.nn.functional as F
+from fast_twin import lower, upper
 from safetensors.torch import save_file
 from training_data import (
+    FRAME,
     RATE,
     Array,
     Clip,
     add_noise,
+    align,
     augment,
     change_speed,
     coloured_noise,
     cut_words,
+    log_mel,
     noise_clip,
     normalize,
-    padded,
     read_corpus,
     recombine,
     synthesize,
@@ -57,26 +63,23 @@ from transformers import SEWDConfig, SEWDForCTC
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
-FRAME = 320 / RATE  # seconds between two frames of logits
 CARD = Path(__file__).with_name("an4_card.md")
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768,
     "conv_dim": (32, *[64] * 4, *[128] * 4, *[256] * 4), "num_conv_pos_embeddings": 31, "vocab_size": 32,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-REGULARIZATION: dict[str, Any] = {
-    "hidden_dropout": 0.05, "attention_dropout": 0.05, "activation_dropout": 0.05, "feat_proj_dropout": 0.05,
-    "final_dropout": 0.0, "apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 6,
-    "mask_time_min_masks": 0, "mask_feature_prob": 0.05, "mask_feature_length": 12,
-}  # fmt: skip
+DROPOUT = 0.05
 BATCH_SECONDS = 36.0
-PEAK_RATE = 6e-4
-FROZEN = 5  # convolutions that CTC does not change
+RENEWED = 0.1  # seconds of sound put into the store for every second that is trained on
+STORE_HOURS = 10.0
+PEAK_RATE = 7e-4
+MUON_FACTOR = 2.5  # its learning rate by AdamW's
 # Share of the sound that comes from each source, at the start and at the end.
 MIXTURE = {
-    "an4": (0.46, 0.52), "recombined": (0.24, 0.24), "spoken": (0.22, 0.18), "librispeech": (0.06, 0.04),
-    "noise": (0.02, 0.02),
+    "an4": (0.40, 0.46), "recombined": (0.34, 0.35), "spoken": (0.18, 0.14), "librispeech": (0.05, 0.02),
+    "noise": (0.03, 0.03),
 }  # fmt: skip
 
 
@@ -109,34 +112,6 @@ def word_error_rate(model: Any, clips: list[Clip], change: Any = None) -> float:
     return float(jiwer.wer([clip.text for clip in clips], heard))
 
 
-def align(log_probs_sv: Array, text: str) -> list[tuple[float, float]]:
-    """Best CTC path through ``text``: seconds of each word's (first, last) letter. Viterbi over blank-letter states."""
-    labels = encode(text)
-    states = np.zeros(2 * len(labels) + 1, int)
-    states[1::2] = labels
-    skip = np.zeros(len(states), bool)
-    skip[3::2] = states[3::2] != states[1:-2:2]
-    score = np.full(len(states), -1e9)
-    score[:2] = log_probs_sv[0, states[:2]]
-    back = np.zeros((len(log_probs_sv), len(states)), int)
-    for s in range(1, len(log_probs_sv)):
-        moves = np.stack([score, np.r_[-1e9, score[:-1]], np.where(skip, np.r_[-1e9, -1e9, score[:-2]], -1e9)])
-        back[s] = moves.argmax(0)
-        score = moves.max(0) + log_probs_sv[s, states]
-    state = len(states) - 1 - int(score[-2] > score[-1])
-    seen: dict[int, list[int]] = {}
-    for s in range(len(log_probs_sv) - 1, -1, -1):
-        if state % 2:
-            seen.setdefault(state // 2, []).append(s)
-        state -= back[s, state]
-    spans, start = [], 0
-    for word in text.split():
-        frames = [s for letter in range(start, start + len(word)) for s in seen.get(letter, [])]
-        spans.append((min(frames) * FRAME, (max(frames) + 1) * FRAME))
-        start += len(word) + 1
-    return spans
-
-
 def words_by_speaker(model: Any, clips: list[Clip]) -> list[list[tuple[str, Array]]]:
     """Every speaker's words, cut apart, for ``recombine``; recordings that the model does not hear at all are left."""
     model.eval()
@@ -144,24 +119,12 @@ def words_by_speaker(model: Any, clips: list[Clip]) -> list[list[tuple[str, Arra
     for clip in clips:
         scores = log_probs(model, clip.wave())
         if len(scores) > 2 * len(clip.text) and jiwer.cer(clip.text, decode(scores.argmax(-1)) or "-") < 0.3:
-            pieces = cut_words(clip.wave(), clip.text, align(scores, clip.text))
+            pieces = cut_words(clip.wave(), clip.text, align(scores, encode(clip.text), clip.text))
             words.setdefault(clip.speaker, []).extend(pieces)
     return [pieces for pieces in words.values() if len(pieces) > 10]
 
 
 # ----------------------------------------------------------------------------- warming the front end
-
-
-def log_mel(wave: Array, bands: int = 64) -> Array:
-    """Log-mel energies (s, bands) of 400-sample windows every 320 samples, normalised band by band."""
-    frames = np.lib.stride_tricks.sliding_window_view(wave, 400)[::320]
-    power = np.abs(np.fft.rfft(frames * np.hanning(400), 512)) ** 2
-    mel = np.linspace(0, 2595 * np.log10(1 + RATE / 2 / 700), bands + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)
-    hertz = np.linspace(0, RATE / 2, 257)[:, None]
-    rise, fall = (hertz - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - hertz) / np.diff(edges)[1:]
-    energies = np.log(power @ np.maximum(np.minimum(rise, fall), 0) + 1e-6)
-    return np.asarray((energies - energies.mean(0)) / (energies.std(0) + 1e-3), np.float32)
 
 
 def warm_front_end(model: Any, draw: Any, steps: int, device: str) -> None:
@@ -188,7 +151,7 @@ def warm_front_end(model: Any, draw: Any, steps: int, device: str) -> None:
 
 @dataclass
 class Sources:
-    """What batches are drawn from; every clip is augmented anew each time."""
+    """What clips are drawn from; every clip is augmented anew each time."""
 
     clips: dict[str, list[Clip]]
     rng: np.random.Generator
@@ -218,21 +181,35 @@ class Sources:
                 pairs.append((wave if len(wave) > RATE // 4 else np.pad(wave, RATE // 8), clip.text))
         return pairs
 
-    def batches(self, progress: float, longest: float) -> list[list[tuple[Array, str]]]:
-        """Eight batches of clips of like length, in random order: little padding, which disturbs the group norm."""
-        pairs = sorted(self.draw(8 * BATCH_SECONDS, progress, longest), key=lambda pair: len(pair[0]))
-        batches: list[list[tuple[Array, str]]] = [[]]
-        for pair in pairs:
-            if batches[-1] and len(pair[0]) * (len(batches[-1]) + 1) > BATCH_SECONDS * RATE:
+
+@dataclass
+class Store:
+    """Some hours of what the lower convolutions gave, with the texts; the oldest make room for new ones."""
+
+    frozen: int
+    rng: np.random.Generator
+    clips: deque[tuple[Any, str, int]] = field(default_factory=deque)
+    seconds: float = 0.0
+
+    def add(self, model: Any, pairs: list[tuple[Array, str]]) -> None:
+        for wave, text in pairs:
+            frames = int(model._get_feat_extract_output_lengths(len(wave)))
+            self.clips.append((lower(model, wave, self.frozen), text, frames))
+            self.seconds += frames * FRAME
+            while self.seconds > STORE_HOURS * 3600:
+                self.seconds -= self.clips.popleft()[2] * FRAME
+
+    def batches(self) -> list[list[tuple[Any, str, int]]]:
+        """About eight batches of clips of like length, in random order: little is padded."""
+        chosen: list[tuple[Any, str, int]] = []
+        while sum(frames for _, _, frames in chosen) * FRAME < 8 * BATCH_SECONDS:
+            chosen.append(self.clips[int(self.rng.integers(len(self.clips)))])
+        batches: list[list[tuple[Any, str, int]]] = [[]]
+        for clip in sorted(chosen, key=lambda clip: clip[2]):
+            if batches[-1] and clip[2] * FRAME * (len(batches[-1]) + 1) > BATCH_SECONDS:
                 batches.append([])
-            batches[-1].append(pair)
+            batches[-1].append(clip)
         return [batches[i] for i in self.rng.permutation(len(batches))]
-
-
-def rate_at(progress: float) -> float:
-    """Learning rate: up over the first 3 %, then a cosine down to a hundredth."""
-    rise = min(progress / 0.03, 1.0)
-    return PEAK_RATE * (0.05 + 0.95 * rise) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
 
 
 def ctc(logits: Any, frames: Any, texts: list[str]) -> Any:
@@ -241,104 +218,119 @@ def ctc(logits: Any, frames: Any, texts: list[str]) -> Any:
     sizes = torch.tensor([len(ids) for ids in labels])
     flat = torch.tensor([i for ids in labels for i in ids], dtype=torch.long)
     scores = torch.log_softmax(logits.float(), -1).transpose(0, 1)
-    loss = torch.nn.functional.ctc_loss(scores, flat, frames, sizes, reduction="sum", zero_infinity=True)
+    frames = frames.clamp(max=len(scores))
+    loss = F.ctc_loss(scores, flat, frames, sizes, reduction="sum", zero_infinity=True)
     return loss / max(int(sizes.sum()), 1)
 
 
-def narrow_positions(model: Any, frames: int) -> None:
-    """Let attention project only the rows of the position table that ``frames`` squeezed frames can use.
-
-    The reference projects all 2S rows in every layer, about a tenth of a step on short clips. Distances up to S / 2
-    have a bucket each, so for no more frames than that only the 2 · frames rows around the middle are used, and the
-    result is the same.
-    """
-    encoder, span = model.sew_d.encoder.encoder, model.config.position_buckets
-    reach = frames if frames <= span // 2 else span
-    whole = type(encoder).get_rel_embedding
-    encoder.get_rel_embedding = lambda: whole(encoder)[span - reach : span + reach]
-    for layer in encoder.layer:
-        layer.attention.self.pos_ebd_size = reach
+def rate_at(progress: float) -> float:
+    """Learning rate: up over the first 3 %, then a cosine down to a hundredth."""
+    rise = min(progress / 0.03, 1.0)
+    return PEAK_RATE * (0.05 + 0.95 * rise) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
 
 
-def train_step(model: Any, pairs: list[tuple[Array, str]], device: str) -> Any:
+def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool: Any) -> Any:
     """Loss of one batch: CTC at the top, and with less weight after the middle layer through the same head."""
-    waves, lengths = padded(normalize(wave) for wave, _ in pairs)
-    narrow_positions(model, waves.shape[1] // 640)
-    mask = torch.from_numpy((np.arange(waves.shape[1]) < lengths[:, None]).astype(np.int64))
-    batch = torch.from_numpy(waves).to(device)
-    with torch.autocast(device, torch.bfloat16):  # without it half as long again, on a CPU with AMX
-        out = model(batch, attention_mask=mask.to(device), output_hidden_states=True)
-        middle = out.hidden_states[model.config.num_hidden_layers // 2]
-        lower = model.lm_head(model.sew_d.encoder.upsample(middle))
-    narrow_positions(model, model.config.position_buckets)
-    texts = [text for _, text in pairs]
-    frames = model._get_feat_extract_output_lengths(torch.from_numpy(lengths)).clamp(max=out.logits.shape[1])
-    return ctc(out.logits, frames, texts) + 0.4 * ctc(lower, frames.clamp(max=lower.shape[1]), texts)
+    batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True).to(pool.device)
+    frames = torch.tensor([count // 2 * 2 for _, _, count in clips])  # an odd last one is squeezed away
+    with torch.autocast(pool.device.type, torch.bfloat16):
+        top, middle = upper(model, batch, frames.to(pool.device), frozen, pool)
+    texts = [text for _, text, _ in clips]
+    return ctc(top, frames, texts) + 0.4 * ctc(middle, frames, texts)
+
+
+def optimizers_for(model: Any) -> list[Any]:
+    """Muon for the matrices between layers, which learns from fewer steps, and AdamW for all else."""
+    matrices: list[Any] = []
+    rest: list[Any] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and "rel_embeddings" not in name and "lm_head" not in name
+        (matrices if matrix else rest).append(parameter)
+    muon = torch.optim.Muon(
+        matrices, PEAK_RATE, weight_decay=0.05, momentum=0.95, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(rest, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)]
 
 
 def average(snapshots: Any) -> dict[str, Any]:
     return {name: sum(s[name] for s in snapshots) / len(snapshots) for name in snapshots[0]}
 
 
+def copied(model: Any) -> dict[str, Any]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
 def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Namespace, device: str) -> None:
     """Train until ``options.minutes`` of training are over; leaves best.pt, state.pt and curve.png in the folder."""
-    # The first convolutions run at 3,200 to 800 steps a second; to train them too would take a third longer. Warmed,
-    # they are a filter bank, and stay as they are.
-    model.sew_d.feature_extractor._requires_grad = False
-    for layer in model.sew_d.feature_extractor.conv_layers[:FROZEN]:
-        layer.requires_grad_(False)
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02)
-    state_file, best_file = options.out / "state.pt", options.out / "best.pt"
+    optimizers = optimizers_for(model)
+    pool = ((torch.rand(1 << 22) >= DROPOUT) / (1 - DROPOUT)).to(device, torch.bfloat16)
+    state_file, best_file, words_file = (options.out / f"{name}.pt" for name in ("state", "best", "words"))
     history: list[dict[str, float]] = []
     snapshots: deque[dict[str, Any]] = deque(maxlen=8)
-    elapsed, step, losses = 0.0, 0, []
+    losses: list[float] = []
+    elapsed, step, store = 0.0, 0, Store(0, sources.rng)
     if state_file.exists():
         state = torch.load(state_file, weights_only=False)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, found in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(found)
         history, elapsed, step, snapshots = state["history"], state["elapsed"], state["step"], state["snapshots"]
         sources.rng = np.random.default_rng([options.seed, step])
         print(f"going on from step {step}, {elapsed / 60:.1f} minutes", flush=True)
-    limit, evaluated, aligned = options.minutes * 60, elapsed, 0.0
-    while elapsed < limit:
-        progress = elapsed / limit
-        # Short clips first: a first letter is easier to find in a short one.
-        longest = 18.0 if options.init or progress > 0.1 else 2.0 + 160 * progress
-        for pairs in sources.batches(progress, longest):
-            started = time.monotonic()
-            model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(progress)
-            loss = train_step(model, pairs, device)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item() / 1.4)
-            step += 1
-            elapsed += time.monotonic() - started
-            if step % 100 == 0:
-                snapshots.append({name: value.detach().clone().cpu() for name, value in model.state_dict().items()})
-        if elapsed - evaluated > min(300, limit / 20) or elapsed >= limit or not history:
-            evaluated = elapsed
-            now = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    limit, evaluated, kept, aligned = options.minutes * 60, elapsed if history else -1e9, elapsed, -1.0
+    if words_file.exists():
+        sources.words, aligned = torch.load(words_file, weights_only=False), elapsed / limit
+    while True:
+        progress = min(elapsed / limit, 1.0)
+        if elapsed - evaluated > min(300, limit / 15) or progress == 1:
+            evaluated, now = elapsed, copied(model)
             model.load_state_dict(average(snapshots) if snapshots else now)
             wer = word_error_rate(model, dev)
             if wer < min((row["wer"] for row in history), default=2.0):
                 torch.save(model.state_dict(), best_file)
-            if wer < 0.6 and (not sources.words or aligned < 0.5 <= progress):
+            if wer < 0.6 and progress - aligned > 0.3:
                 sources.words, aligned = words_by_speaker(model, sources.clips["an4"]), progress
+                torch.save(sources.words, words_file)
                 print(f"{sum(map(len, sources.words))} words cut from AN4", flush=True)
             model.load_state_dict(now)
-            history.append({"step": step, "minutes": elapsed / 60, "loss": float(np.mean(losses)), "wer": wer})
+            mean = float(np.mean(losses)) if losses else float("nan")
+            history.append({"step": step, "minutes": elapsed / 60, "loss": mean, "wer": wer})
             print(" ".join(f"{key} {value:.3f}" for key, value in history[-1].items()), flush=True)
             losses = []
-            state = {"model": now, "optimizer": optimizer.state_dict(), "history": history}
+            state = {"model": now, "optimizers": [o.state_dict() for o in optimizers], "history": history}
             state |= {"elapsed": elapsed, "step": step, "snapshots": snapshots}
             torch.save(state, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
             draw_curve(history, options.out / "curve.png")
+        if progress == 1:
+            break
+        # Short clips first: a first letter is easier to find in a short one.
+        longest = 18.0 if options.init or progress > 0.1 else 2.0 + 160 * progress
+        # Convolutions that have only been warmed are trained for a while; the first run at 3,200 to 800 steps a
+        # second, which would make everything slower by half, and remain a filter bank.
+        frozen = 11 if options.init or progress > 0.3 else 5
+        if store.frozen != frozen:
+            model.sew_d.feature_extractor.conv_layers.requires_grad_(True)
+            model.sew_d.feature_extractor.conv_layers[:frozen].requires_grad_(False)
+            store = Store(frozen, sources.rng)
+            store.add(model, sources.draw(options.hours * 3600, progress, longest))
+        model.train()
+        for clips in store.batches():
+            started = time.monotonic()
+            store.add(model, sources.draw(RENEWED * BATCH_SECONDS, progress, longest))
+            loss = train_step(model, clips, frozen, pool)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, factor in zip(optimizers, (MUON_FACTOR, 1.0), strict=True):
+                optimizer.param_groups[0]["lr"] = factor * rate_at(progress)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item() / 1.4)
+            step += 1
+            elapsed += time.monotonic() - started
+            if elapsed - kept > limit / 150:
+                kept = elapsed
+                snapshots.append({name: value.cpu() for name, value in copied(model).items()})
     model.load_state_dict(torch.load(best_file, weights_only=True))
 
 
@@ -346,12 +338,12 @@ def draw_curve(history: list[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    top, bottom = figure.subplots(2, 1, sharex=True)
     minutes = [row["minutes"] for row in history]
-    upper.plot(minutes, [100 * row["wer"] for row in history], "o-", color="#0072b2")
-    upper.set(ylabel="dev WER [%]", ylim=(0, None))
-    lower.plot(minutes, [row["loss"] for row in history], "o-", color="#d55e00")
-    lower.set(xlabel="minutes of training", ylabel="training loss per letter", ylim=(0, None))
+    top.plot(minutes, [100 * row["wer"] for row in history], "o-", color="#0072b2")
+    top.set(ylabel="dev WER [%]", ylim=(0, None))
+    bottom.plot(minutes, [row["loss"] for row in history], "o-", color="#d55e00")
+    bottom.set(xlabel="minutes of training", ylabel="training loss per letter", ylim=(0, None))
     figure.savefig(path, dpi=110)
 
 
@@ -432,7 +424,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120, help="training time, evaluation left out")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, instead of warming the front end")
     parser.add_argument("--strength", type=float, default=1.0, help="of augmentation; 0.5 for a short training")
-    parser.add_argument("--strings", type=int, default=5000, help="text-to-speech strings")
+    parser.add_argument("--strings", type=int, default=12000, help="text-to-speech strings")
+    parser.add_argument("--hours", type=float, default=2.0, help="of sound in the store before the first step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -448,11 +441,11 @@ def main() -> None:
         print(f"{name}: {len(corpus)} clips, {sum(clip.seconds for clip in corpus) / 60:.0f} minutes", flush=True)
     sources = Sources(clips, rng, options.strength)
     if options.init:
-        model: Any = SEWDForCTC.from_pretrained(options.init, **REGULARIZATION)
+        model: Any = SEWDForCTC.from_pretrained(options.init, dtype=torch.float32)
         # A checkpoint made without SpecAugment lacks this vector, and transformers leaves it as memory was.
         torch.nn.init.uniform_(model.sew_d.masked_spec_embed)
     else:
-        model = SEWDForCTC(SEWDConfig(**CONFIG, **REGULARIZATION))
+        model = SEWDForCTC(SEWDConfig(**CONFIG))
     model = model.to(device)
     if not options.init and not (options.out / "state.pt").exists():
         warm_front_end(model, lambda seconds: sources.draw(seconds, longest=4.0), 600, device)

@@ -3,9 +3,10 @@
     python examples/train_keywords.py --speech ../shared/speech --recognizer trained/an4 --out trained/keywords
 
 The recogniser's convolutions and lower layers already know what letters sound like: they are kept as they are and
-shared, so the classifier stores only what it learns, its last two transformer layers, the upsampling and its head. The
-words are AN4's, cut apart by forced alignment, and text-to-speech; "unknown" is every other word, pieces of
-LibriSpeech, noise and silence. Each is heard at another place in another stretch of silence, room and noise every time.
+shared, so the classifier stores only what it learns, its last two transformer layers, the upsampling and its head. What
+the lower layers give is computed once for thousands of augmented words; training on that is quick.
+The words are AN4's, cut apart by forced alignment, and text-to-speech; "unknown" is every other word, pieces of
+LibriSpeech, noise, tones and silence. Each is heard at another place in another stretch of silence, room and noise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fast_twin import block, position_rows
 from safetensors.torch import save_file
 from train_bundled import words_by_speaker
 from training_data import (
@@ -47,6 +49,7 @@ LABELS = [*(word.lower() for word in KEYWORDS), "unknown"]
 UNKNOWN = len(KEYWORDS)
 UNCLEAR = {"OH", "O"}  # the digit 0 to some and another word to others: in no class
 OWN_LAYERS = 2  # transformer layers that are trained, from the top
+PEAK_RATE = 1e-3
 CARD = Path(__file__).with_name("keywords_card.md")
 Word = tuple[str, Array]
 
@@ -84,33 +87,62 @@ class Words:
         return np.resize(heard, samples) if len(heard) >= samples else np.pad(heard, (0, samples - len(heard))), label
 
 
-def train(model: Any, words: Words, minutes: float) -> None:
-    """Cross-entropy with label smoothing, by the clock: the learning rate falls with the share of ``minutes`` gone."""
-    model.requires_grad_(False)
+def below(model: Any, waves: Sequence[Array]) -> Any:
+    """What the layers that are kept give for recordings of one length: (b, t, d). Nothing is padded."""
+    with torch.no_grad():
+        out = model.sew_d(torch.from_numpy(np.stack([normalize(wave) for wave in waves])), output_hidden_states=True)
+    return out.hidden_states[-1 - OWN_LAYERS]
+
+
+def above(model: Any, x: Any, dropped: Any = lambda y: y) -> Any:
+    """Logits (b, classes) from what ``below`` gave for an even number of frames: none was squeezed away."""
+    encoder, t = model.sew_d.encoder, x.shape[1]
+    table = position_rows(model, t)
+    for layer in encoder.encoder.layer[-OWN_LAYERS:]:
+        x = block(layer, x, table, torch.zeros(t), dropped)
+    return model.classifier(model.projector(dropped(encoder.upsample(x))).mean(1))
+
+
+def learned_parts(model: Any) -> list[Any]:
     encoder = model.sew_d.encoder
-    for part in (*encoder.encoder.layer[-OWN_LAYERS:], encoder.upsample, model.projector, model.classifier):
-        part.requires_grad_(True)
-    model.sew_d.feature_extractor._requires_grad = False
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, 1e-3, weight_decay=0.02)
-    model.train()
-    start, step, losses = time.monotonic(), 0, []
-    while (progress := (time.monotonic() - start) / 60 / minutes) < 1:
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 30) * 0.5 * (1 + np.cos(np.pi * progress))
-        samples = int(words.rng.uniform(0.9, 1.8) * RATE)  # one length a batch: nothing is padded
+    return [*encoder.encoder.layer[-OWN_LAYERS:], encoder.upsample, model.projector, model.classifier]
+
+
+def store(model: Any, words: Words, count: int) -> list[tuple[Any, Any]]:
+    """``count`` batches of 32 augmented words, each batch of one length: what ``below`` gives and the labels."""
+    model.eval()
+    batches = []
+    for _ in range(count):
+        samples = 720 + 640 * int(words.rng.integers(22, 44))  # an even number of frames, 0.9 to 1.8 s
         waves, labels = zip(*[words.draw(samples) for _ in range(32)], strict=True)
-        batch = torch.from_numpy(np.stack([normalize(wave) for wave in waves]))
+        batches.append((below(model, waves), torch.tensor(labels)))
+    return batches
+
+
+def train(model: Any, batches: Sequence[tuple[Any, Any]], epochs: int, rng: np.random.Generator) -> None:
+    """Cross-entropy with label smoothing; the learning rate rises for a while and falls to nothing."""
+    model.requires_grad_(False)
+    for part in learned_parts(model):
+        part.requires_grad_(True)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, PEAK_RATE, weight_decay=0.05, fused=True)
+    order = np.concatenate([rng.permutation(len(batches)) for _ in range(epochs)])
+    losses = []
+    for step, index in enumerate(order):
+        progress = step / len(order)
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, step / 100) * 0.5 * (1 + np.cos(np.pi * progress))
+        x, labels = batches[index]
+        kept = torch.rand(len(x), 1, x.shape[2]) > 0.1  # some of the lower layers' channels are not heard, clip by clip
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch).logits
-        loss: Any = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.05)
+            logits = above(model, x * kept, lambda y: torch.nn.functional.dropout(y, 0.1))
+        loss: Any = torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.05)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        step += 1
-        if step % 50 == 0:
-            print(f"step {step}, loss {np.mean(losses[-50:]):.3f}", flush=True)
+        if step % 200 == 199:
+            print(f"step {step + 1} of {len(order)}, loss {np.mean(losses[-200:]):.3f}", flush=True)
     model.eval()
 
 
@@ -141,7 +173,7 @@ def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[
     for name in ("preprocessor_config.json", "NOTICE-AN4.txt", "NOTICE-LIBRISPEECH.txt"):
         shutil.copyfile(recognizer / name, folder / name)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % | {count} |" for name, (share, count) in figures.items())
-    card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows).replace("{MINUTES}", f"{minutes:g}")
+    card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows).replace("{MINUTES}", f"{minutes:.0f}")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -150,9 +182,11 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, default=Path("../shared/speech"), help="folder of the corpora")
     parser.add_argument("--recognizer", type=Path, default=Path("trained/an4"), help="what train_bundled.py exported")
     parser.add_argument("--out", type=Path, default=Path("trained/keywords"))
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--batches", type=int, default=600, help="augmented words that are heard, in batches of 32")
+    parser.add_argument("--epochs", type=int, default=6, help="how often each is trained on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    start = time.monotonic()
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
     recognizer: Any = SEWDForCTC.from_pretrained(options.recognizer, dtype=torch.float32)
@@ -169,9 +203,13 @@ def main() -> None:
     ]
     print(f"{len(words)} words, the rarest keyword {min(map(len, by_label))} times", flush=True)
     model = SEWDForSequenceClassification.from_pretrained(
-        options.recognizer, num_labels=len(LABELS), dtype=torch.float32, mask_time_prob=0.05, mask_feature_prob=0.05
+        options.recognizer, num_labels=len(LABELS), dtype=torch.float32
     )
-    train(model, Words(by_label, other, np.random.default_rng(options.seed)), options.minutes)
+    rng = np.random.default_rng(options.seed)
+    batches = store(model, Words(by_label, other, rng), options.batches)
+    print(f"{32 * len(batches)} augmented words, {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+    train(model, batches, options.epochs, rng)
+    minutes = (time.monotonic() - start) / 60
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
     cut = [pair for speaker in words_by_speaker(recognizer, dev) for pair in speaker]
     figures = {
@@ -181,7 +219,7 @@ def main() -> None:
     }
     for name, (share, count) in figures.items():
         print(f"{name}: {100 * share:.1f} % of {count}")
-    export(options.out, options.recognizer, model, figures, options.minutes)
+    export(options.out, options.recognizer, model, figures, minutes)
 
 
 if __name__ == "__main__":

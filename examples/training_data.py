@@ -21,6 +21,7 @@ from scipy import fft
 
 Array = np.ndarray
 RATE = 16_000
+FRAME = 320 / RATE  # seconds between two frames of the model's output
 
 LETTERS = "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z".split()
 DIGITS = "ZERO OH ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
@@ -134,7 +135,7 @@ def _speak(programs: list[str], text: str, path: Path, rng: np.random.Generator)
     comma = rng.choice([" ", ", ", " "])
     if "espeak-ng" in programs and (rng.random() < 0.45 or "flite" not in programs):
         variant = str(rng.choice([f"m{i}" for i in range(1, 9)] + [f"f{i}" for i in range(1, 6)] + ["croak", "klatt"]))
-        accent = str(rng.choice(["en-us", "en-us", "en-us", "en-gb"]))
+        accent = str(rng.choice(["en-us"] if "Z" in text.split() else ["en-us", "en-us", "en-us", "en-gb"]))  # zee
         rate, pitch = str(rng.integers(110, 200)), str(rng.integers(20, 80))
         voice = f"{accent}+{variant}"
         command = ["espeak-ng", "-v", voice, "-s", rate, "-p", pitch, "-w", str(path), comma.join(text.split())]
@@ -151,6 +152,36 @@ def _speak(programs: list[str], text: str, path: Path, rng: np.random.Generator)
 
 
 # ----------------------------------------------------------------- words put together anew
+
+
+def align(log_probs_sv: Array, labels: Sequence[int], text: str) -> list[tuple[float, float]]:
+    """Best CTC path through ``text``: seconds of each word's (first, last) letter. Viterbi over blank-letter states.
+
+    labels: the text's letters and spaces as the columns of ``log_probs_sv``; column 0 is the blank.
+    """
+    states = np.zeros(2 * len(labels) + 1, int)
+    states[1::2] = labels
+    skip = np.zeros(len(states), bool)
+    skip[3::2] = states[3::2] != states[1:-2:2]
+    score = np.full(len(states), -1e9)
+    score[:2] = log_probs_sv[0, states[:2]]
+    back = np.zeros((len(log_probs_sv), len(states)), int)
+    for s in range(1, len(log_probs_sv)):
+        moves = np.stack([score, np.r_[-1e9, score[:-1]], np.where(skip, np.r_[-1e9, -1e9, score[:-2]], -1e9)])
+        back[s] = moves.argmax(0)
+        score = moves.max(0) + log_probs_sv[s, states]
+    state = len(states) - 1 - int(score[-2] > score[-1])
+    seen: dict[int, list[int]] = {}
+    for s in range(len(log_probs_sv) - 1, -1, -1):
+        if state % 2:
+            seen.setdefault(state // 2, []).append(s)
+        state -= back[s, state]
+    spans, start = [], 0
+    for word in text.split():
+        frames = [s for letter in range(start, start + len(word)) for s in seen.get(letter, [])]
+        spans.append((min(frames) * FRAME, (max(frames) + 1) * FRAME))
+        start += len(word) + 1
+    return spans
 
 
 def cut_words(wave: Array, text: str, spans: Sequence[tuple[float, float]]) -> list[tuple[str, Array]]:
@@ -260,11 +291,39 @@ def augment(wave: Array, other: Callable[[], Array], rng: np.random.Generator, s
     return wave
 
 
+def tones(samples: int, rng: np.random.Generator) -> Array:
+    """One to four notes at once, each with overtones, that swell and fade: whistles, hums, beeps, chords."""
+    seconds = np.arange(samples, dtype=np.float32) / RATE
+    wave = np.zeros(samples, np.float32)
+    for hertz in 80 * 2 ** rng.uniform(0, 5, rng.integers(1, 5)):
+        wobble = rng.uniform(-0.02, 0.02) * np.sin(2 * np.pi * rng.uniform(0, 6) * seconds)
+        phase = 2 * np.pi * hertz * (seconds + wobble)
+        for overtone in range(1, int(rng.integers(2, 6))):
+            wave += np.sin(overtone * phase) * np.float32(rng.uniform(0, 1) / overtone)
+    return wave * (1 + np.float32(rng.uniform(0, 0.9)) * np.sin(2 * np.pi * rng.uniform(0.5, 5) * seconds))
+
+
 def noise_clip(rng: np.random.Generator) -> Clip:
-    """Silence or noise, in which nothing is said."""
+    """Silence, noise or tones, in which nothing is said."""
     samples = int(rng.uniform(0.5, 3) * RATE)
-    level = 10 ** rng.uniform(-4, -1)
-    return Clip(as_samples(coloured_noise(samples, rng.uniform(0, 2), rng) * np.float32(level)), "", "")
+    level = np.float32(10 ** rng.uniform(-4, -1))
+    wave = coloured_noise(samples, rng.uniform(0, 2), rng)
+    kind = rng.random()
+    if kind < 0.3:
+        wave = tones(samples, rng) + wave * np.float32(10 ** rng.uniform(-4, -1))
+    return Clip(as_samples(wave * (0 if kind > 0.95 else level)), "", "")
+
+
+def log_mel(wave: Array, bands: int = 64) -> Array:
+    """Log-mel energies (s, bands) of 400-sample windows every 320 samples, normalised band by band."""
+    frames = np.lib.stride_tricks.sliding_window_view(wave, 400)[::320]
+    power = np.abs(np.fft.rfft(frames * np.hanning(400), 512)) ** 2
+    mel = np.linspace(0, 2595 * np.log10(1 + RATE / 2 / 700), bands + 2)
+    edges = 700 * (10 ** (mel / 2595) - 1)
+    hertz = np.linspace(0, RATE / 2, 257)[:, None]
+    rise, fall = (hertz - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - hertz) / np.diff(edges)[1:]
+    energies = np.log(power @ np.maximum(np.minimum(rise, fall), 0) + 1e-6)
+    return np.asarray((energies - energies.mean(0)) / (energies.std(0) + 1e-3), np.float32)
 
 
 def normalize(wave: Array) -> Array:

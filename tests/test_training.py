@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import SEWDForCTC
+from transformers import SEWDForCTC, SEWDForSequenceClassification
 
 from tests.reference import SMALL, build
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import fast_twin as twin
 import train_bundled as script
+import train_keywords as keywords
 import training_data as data
 
 RNG = np.random.default_rng
@@ -38,7 +40,7 @@ def test_text_survives_encoding() -> None:
 def test_alignment_finds_the_frames_that_fire() -> None:
     t, w, o, bar, s, i, x = script.encode("TWO SIX")
     path = [None, t, w, o, o, None, bar, None, s, i, i, x, None, None]
-    assert script.align(spiky(path), "TWO SIX") == [
+    assert data.align(spiky(path), script.encode("TWO SIX"), "TWO SIX") == [
         pytest.approx((1 * 0.02, 5 * 0.02)),
         pytest.approx((8 * 0.02, 12 * 0.02)),
     ]
@@ -47,7 +49,7 @@ def test_alignment_finds_the_frames_that_fire() -> None:
 def test_alignment_keeps_a_doubled_letter_apart() -> None:
     """Two of the same letter need a blank between them, however the scores are."""
     labels = script.encode("LL")
-    (span,) = script.align(spiky([labels[0]] * 3), "LL")
+    (span,) = data.align(spiky([labels[0]] * 3), labels, "LL")
     assert span == pytest.approx((0, 0.06))
 
 
@@ -97,23 +99,88 @@ def test_random_text_stays_in_the_vocabulary() -> None:
 
 def test_mel_frames_are_the_models_frames() -> None:
     for samples in (720, 8000, 16_001):
-        mel = script.log_mel(RNG(0).standard_normal(samples).astype(np.float32))
+        mel = data.log_mel(RNG(0).standard_normal(samples).astype(np.float32))
         assert mel.shape == ((samples - 400) // 320 + 1, 64) and np.isfinite(mel).all()
 
 
-@pytest.mark.parametrize("frames", [3, 8, 9, 20])
-def test_narrow_positions_do_not_change_the_result(frames: int) -> None:
-    """With few frames only the middle rows of the table are used; beyond half the span all of them are."""
+def features_of(hf: SEWDForCTC, wave: np.ndarray, frozen: int) -> torch.Tensor:
+    """What the first ``frozen`` convolutions give, (1, s, c), in the model's own precision."""
+    x = torch.from_numpy(data.normalize(wave))[None, None]
+    for layer in hf.sew_d.feature_extractor.conv_layers[:frozen]:
+        x = layer(x)
+    return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("frozen", [0, 5, 11, 13])
+@pytest.mark.parametrize("frames", [2, 3, 8, 9, 40])
+def test_the_faster_forward_pass_gives_the_references_logits(frames: int, frozen: int) -> None:
+    """Short clips, whose distances have a bucket each, and ones that share buckets; float32 sums in another order."""
     hf = build({**SMALL, "position_buckets": 16, "max_position_embeddings": 32}, "ctc", torch.float32)
     assert isinstance(hf, SEWDForCTC)
-    hf.eval()
-    x = torch.randn(2, 640 * frames + 400, generator=torch.Generator().manual_seed(0))
+    wave = RNG(0).standard_normal(640 * frames + 400).astype(np.float32)
     with torch.no_grad():
-        expected = hf(x).logits
-        script.narrow_positions(hf, frames + 1)
-        torch.testing.assert_close(hf(x).logits, expected, rtol=1e-5, atol=1e-5)
-        script.narrow_positions(hf, 16)
-        torch.testing.assert_close(hf(x).logits, expected, rtol=0, atol=0)
+        expected = hf(torch.from_numpy(data.normalize(wave))[None]).logits
+        features = features_of(hf, wave, frozen)
+        kept = twin.lower(hf, wave, frozen).float()
+        given, middle = twin.upper(hf, features, torch.tensor([expected.shape[1]]), frozen)
+    torch.testing.assert_close(kept, features[0], rtol=2**-8, atol=0)  # bfloat16 has eight bits
+    torch.testing.assert_close(given, expected[:, : given.shape[1]], rtol=1e-4, atol=1e-4)
+    assert middle.shape == given.shape and not torch.allclose(middle, given)
+
+
+def test_a_clip_in_a_batch_is_heard_as_it_is_alone() -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    with torch.no_grad():
+        clips = [features_of(hf, RNG(n).standard_normal(n).astype(np.float32), 11)[0] for n in (6000, 9000, 12_000)]
+        frames = torch.tensor([len(clip) // 2 for clip in clips])
+        batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        together, _ = twin.upper(hf, batch, frames, 11)
+        for row, clip, count in zip(together, clips, frames.tolist(), strict=True):
+            alone, _ = twin.upper(hf, clip[None], torch.tensor([count]), 11)
+            even = count // 2 * 2
+            torch.testing.assert_close(row[:even], alone[0, :even], rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_and_masks_come_with_the_pool() -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(2, 60, 24, generator=torch.Generator().manual_seed(0))
+    pool = torch.ones(1 << 16)  # keeps everything, so that SpecAugment alone is seen
+    torch.manual_seed(0)
+    with torch.no_grad():
+        plain, _ = twin.upper(hf, x, torch.tensor([30, 30]), 11)
+        masked, _ = twin.upper(hf, x, torch.tensor([30, 30]), 11, pool)
+    assert plain.shape == masked.shape and not torch.allclose(plain, masked)
+
+
+def test_the_store_keeps_its_size_and_its_batches_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    monkeypatch.setattr(script, "STORE_HOURS", 20 / 3600)
+    monkeypatch.setattr(script, "BATCH_SECONDS", 4.0)
+    rng = RNG(0)
+    store = script.Store(11, rng)
+    waves = [rng.standard_normal(int(rng.integers(8000, 32_000))).astype(np.float32) for _ in range(30)]
+    store.add(hf, [(wave, str(number)) for number, wave in enumerate(waves)])
+    assert 17 < store.seconds <= 20  # no clip is longer than two seconds
+    assert [text for _, text, _ in store.clips] == [str(number) for number in range(30)][-len(store.clips) :]
+    for batch in store.batches():
+        longest = max(frames for _, _, frames in batch)
+        assert longest * len(batch) * data.FRAME <= 4.0
+        for features, text, frames in batch:
+            assert frames == (len(waves[int(text)]) - 400) // 320 + 1
+            assert len(features) // 2 == frames
+
+
+@pytest.mark.parametrize("samples", [720 + 640 * 13, 720 + 640 * 30])
+def test_the_classifier_in_two_halves_is_the_whole_one(samples: int) -> None:
+    hf = build({**SMALL, "num_labels": 5}, "classification", torch.float32)
+    assert isinstance(hf, SEWDForSequenceClassification)
+    waves = [RNG(seed).standard_normal(samples).astype(np.float32) for seed in range(3)]
+    with torch.no_grad():
+        expected = hf(torch.from_numpy(np.stack([data.normalize(wave) for wave in waves]))).logits
+        given = keywords.above(hf, keywords.below(hf, waves))
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_learning_rate_rises_and_falls() -> None:
