@@ -83,11 +83,11 @@ def main() -> None:
             "vectors": lambda: normalize_rows(*flat),
         },
     )
-    frames, width, band = 249, 256, 379
+    frames, width, band = 1499, 1504, 512  # a minute
     buckets = distances(frames, 256, 512, 256).buckets
-    terms = (noise(48 * width), width, noise(band * width), 100, buckets, noise((48 + LINE) * LINE))
+    terms = (noise(48 * width), width, noise(band * width), frames // 2, buckets, noise((48 + LINE) * LINE))
     row(
-        "position to content, 48 × 249",
+        "position to content, 48 × 1,499 pairs",
         {
             "down the diagonals (v1)": lambda: walk(add_by_key_v1, *terms),
             "sheared lines": lambda: walk(add_by_key, *terms),
