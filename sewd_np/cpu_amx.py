@@ -321,6 +321,7 @@ def product_split(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c
                         c[c_start + (i + r) * c_stride + j + column] = edge[r * BLOCK + column]
             i += rows
     release()
+    settings[0] = 0  # a use behind ``configure``: Numba frees an array after its last one, and sees none in an address
 
 
 def multiply(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room):
