@@ -127,14 +127,14 @@ def feed_forward_rows(
     """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
     block = row_block(last - first, tile_rows(panels))
-    room = room_for(panels, block * max(size, inner), max(size, inner))
+    room, room_2 = room_for(panels, block * size, size), room_for(panels_2, block * inner, inner)
     middle = scratch[worker]
     for start in range(first, last, block):
         stop = min(start + block, last)
         count = stop - start
         multiply(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner, room)
         activate(middle[: count * inner], code)
-        multiply(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size, room)
+        multiply(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size, room_2)
         for row in range(start, stop):
             add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
 
@@ -181,14 +181,14 @@ class Kernels:
             fits = self.split and linear.weight.shape[0] % DEPTH == 0
             return Linear((pack_split if fits else pack)(linear.weight), own(linear.bias))
 
-        fast_attention = self.split and config.head_size % DEPTH == 0
+        split_heads = self.split and config.head_size % DEPTH == 0
 
         def layer(old: Layer) -> Layer:
             a = old.attention
             return old._replace(
                 attention=a._replace(
                     qkv=packed(a.qkv),
-                    positions=pack_positions(a.pos_key, a.pos_query, config.score_scale, fast_attention),
+                    positions=pack_positions(a.pos_key, a.pos_query, config.score_scale, split_heads),
                     output=packed(a.output),
                     norm=Norm(*map(own, a.norm)),
                 ),

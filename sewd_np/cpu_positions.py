@@ -44,11 +44,11 @@ class Distances(NamedTuple):
     far: int  # entries from this one on are all the last
 
 
-def pack_positions(pos_key_hpe: Array | None, pos_query_hpe: Array | None, scale: float, fast: bool) -> Positions:
-    """Reverse and pack a layer's tables; ``fast`` for the matrix unit."""
-    keys = np.zeros(0, np.uint16 if fast else np.float32)
+def pack_positions(pos_key_hpe: Array | None, pos_query_hpe: Array | None, scale: float, split: bool) -> Positions:
+    """Reverse and pack a layer's tables; ``split`` for the matrix unit."""
+    keys = np.zeros(0, np.uint16 if split else np.float32)
     if pos_key_hpe is not None:
-        heads = [(pack_split if fast else pack)(head[::-1].T).reshape(-1) for head in pos_key_hpe]
+        heads = [(pack_split if split else pack)(head[::-1].T).reshape(-1) for head in pos_key_hpe]
         keys = aligned(sum(map(len, heads)), heads[0].dtype)
         np.concatenate(heads, out=keys)
     queries = np.zeros(0, np.float32)

@@ -224,6 +224,29 @@ def test_dense_layers(split_form: str, rng: np.random.Generator, rows: int) -> N
         assert 0 < error_between(got, exact) <= SPLIT_TOLERANCE
 
 
+@in_forms("sizes", [(48, 192), (32, 40)], python=[(48, 192)])
+def test_feed_forward_with_one_product_on_the_unit(
+    split_form: str, rng: np.random.Generator, sizes: tuple[int, int]
+) -> None:
+    """Hidden and inner sizes of which only one fits the unit: each product has the room that its own kind needs."""
+    size, inner = sizes
+    x, norm = normal(rng, 35, size), Norm(normal(rng, size), normal(rng, size))
+    into, out_of = (
+        Linear(normal(rng, size, inner), normal(rng, inner)),
+        Linear(normal(rng, inner, size), normal(rng, size)),
+    )
+
+    def packed(linear: Linear, split: bool) -> Linear:
+        fits = split and len(linear.weight) % DEPTH == 0
+        return Linear((cpu_amx.pack_split if fits else cpu_gemm.pack)(linear.weight), linear.bias)
+
+    exact, got = (
+        by_form(split_form)("feed_forward", x, packed(into, split), packed(out_of, split), norm, "silu", 1e-5)
+        for split in (False, True)
+    )
+    assert 0 < error_between(got, exact) <= SPLIT_TOLERANCE
+
+
 def encoder_of(rng: np.random.Generator, channels: list[int], norm: str) -> tuple[tuple[Conv, ...], tuple[int, ...]]:
     conv_layers, inputs = [], 1
     for i, (outputs, kernel) in enumerate(zip(channels, (4, 3, 2), strict=True)):
