@@ -21,9 +21,14 @@ def lower(model: Any, wave: Array, frozen: int) -> Any:
 
     Alone, and so with the group norm's statistics that it has when it is recognised.
     """
+    return onward(model, torch.from_numpy(normalize(wave))[:, None], 0, frozen)
+
+
+def onward(model: Any, x_sc: Any, first: int, last: int) -> Any:
+    """What convolutions ``first`` to ``last`` - 1 make of ``x_sc``: (s', c') bfloat16."""
     with torch.no_grad():
-        x = torch.from_numpy(normalize(wave))[None, None].to(next(model.parameters()).device)
-        for layer in model.sew_d.feature_extractor.conv_layers[:frozen]:
+        x = x_sc.T[None].float().to(next(model.parameters()).device)
+        for layer in model.sew_d.feature_extractor.conv_layers[first:last]:
             x = layer(x)
         return x[0].T.to(torch.bfloat16).contiguous().cpu()
 
@@ -77,11 +82,12 @@ def block(layer: Any, x: Any, table: Any, mask: Any, dropped: Any) -> Any:
     return layer.output.LayerNorm(x + dropped(layer.output.dense(F.gelu(layer.intermediate.dense(x)))))
 
 
-def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None) -> tuple[Any, Any]:
+def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views: int = 1) -> tuple[Any, Any]:
     """Logits (b, s, v) at the top and from the middle layer, of what ``lower`` gave, padded to (b, s, c).
 
     frames (b,): each clip's own length in frames of logits. ``pool``: a long random mask to take dropout from, which
     is much quicker than drawing it; with it SpecAugment is on too. Without, the result is the reference's.
+    ``views``: the whole batch so many times, one after the other, each time masked and dropped in other places.
     """
 
     def dropped(y: Any) -> Any:
@@ -99,11 +105,12 @@ def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None) -> tup
     x = x.transpose(1, 2)
     for layer in sew.feature_extractor.conv_layers[frozen:]:
         x = layer(x)
-    x = sew.feature_projection(sew.layer_norm(x.transpose(1, 2)))
+    x = sew.feature_projection(sew.layer_norm(x.transpose(1, 2))).repeat(views, 1, 1)
+    frames = frames.repeat(views)
     if pool is not None:
         b, s, d = x.shape
-        x = torch.where(spans(b, s, 0.006, 7)[..., None], sew.masked_spec_embed.to(x.dtype), dropped(x))
-        x = x.masked_fill(spans(b, d, 0.002, 13)[:, None], 0)
+        x = torch.where(spans(b, s, 0.01, 9)[..., None], sew.masked_spec_embed.to(x.dtype), dropped(x))
+        x = x.masked_fill(spans(b, d, 0.004, 13)[:, None], 0)
     inside = torch.arange(x.shape[1], device=x.device) < frames[:, None]
     x = (x * inside[..., None]).transpose(1, 2)
     pooled = encoder.pool(x)

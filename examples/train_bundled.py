@@ -11,22 +11,26 @@ transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. Wh
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.
 3. *CTC*, with a second CTC loss halfway up, dropout and SpecAugment, by the clock: learning rate and mixture depend on
-   the share of ``--minutes`` that has passed, so a slower machine makes fewer steps of the same course. The lower
-   convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept, for
-   several steps, in a store of some hours that is renewed all the time (``fast_twin.py``). Muon moves the matrices.
+   the share of ``--minutes`` that has passed, so a slower machine makes fewer steps of the same course. Every clip is
+   seen twice at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC). The
+   lower convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept,
+   for several steps, in a store of some hours that is renewed all the time (``fast_twin.py``). Muon moves the matrices.
 4. *Choose.* Every few minutes the average of the last checkpoints is tried on the dev speakers; the best is kept.
 5. *Export* to float16 safetensors and a model card, and check that sewd_np gives the same text as PyTorch.
 
 It may be stopped at any time and goes on from its last checkpoint when started again with the same ``--out``.
-Needs the ``train`` extra; runs on a GPU where PyTorch finds one.
+Needs the ``train`` extra; runs on a GPU where PyTorch finds one. On a processor two threads are hardly faster than one
+with matrices as small as these, but two processes are, each with its own batches and the mean of their gradients:
+
+    torchrun --nproc-per-node 2 examples/train_bundled.py --minutes 120
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import shutil
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -35,23 +39,19 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads must not take the cores from the data
 
-import jiwer
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from fast_twin import lower, upper
-from safetensors.torch import save_file
+from bundle import check_twin, conditions, export
+from fast_twin import lower, onward, upper
+from hearing import encode, word_error_rate, words_by_speaker
 from training_data import (
     FRAME,
     RATE,
     Array,
     Clip,
-    add_noise,
-    align,
     augment,
-    change_speed,
-    coloured_noise,
-    cut_words,
     log_mel,
     noise_clip,
     normalize,
@@ -61,67 +61,25 @@ from training_data import (
 )
 from transformers import SEWDConfig, SEWDForCTC
 
-VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
-TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
-CARD = Path(__file__).with_name("an4_card.md")
-
+RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is; the first one writes and prints
 CONFIG: dict[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768,
     "conv_dim": (32, *[64] * 4, *[128] * 4, *[256] * 4), "num_conv_pos_embeddings": 31, "vocab_size": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 DROPOUT = 0.05
-BATCH_SECONDS = 36.0
-RENEWED = 0.1  # seconds of sound put into the store for every second that is trained on
+BATCH_SECONDS = 24.0  # of sound, which is seen twice
+CONSISTENCY = 0.2  # weight of the two views' disagreement
+RENEWED = 0.25  # seconds of sound put into the store for every second that is trained on
 STORE_HOURS = 10.0
 PEAK_RATE = 7e-4
+TRAINED_CONVOLUTIONS = 0.6  # of the course; from there on only the upper two are
 MUON_FACTOR = 2.5  # its learning rate by AdamW's
 # Share of the sound that comes from each source, at the start and at the end.
 MIXTURE = {
-    "an4": (0.40, 0.46), "recombined": (0.34, 0.35), "spoken": (0.18, 0.14), "librispeech": (0.05, 0.02),
+    "an4": (0.42, 0.48), "recombined": (0.35, 0.36), "spoken": (0.14, 0.10), "librispeech": (0.06, 0.03),
     "noise": (0.03, 0.03),
 }  # fmt: skip
-
-
-def encode(text: str) -> list[int]:
-    return [TOKEN.get(letter, TOKEN["<unk>"]) for letter in text.replace(" ", "|")]
-
-
-def decode(ids: Array) -> str:
-    """Greedy CTC: repeats collapse, blanks and special tokens go, delimiters become spaces."""
-    kept = [int(i) for n, i in enumerate(ids) if i >= 4 and (n == 0 or i != ids[n - 1])]
-    return " ".join("".join(VOCABULARY[i] for i in kept).replace("|", " ").split())
-
-
-# ------------------------------------------------------------------------------------ evaluation
-
-
-def log_probs(model: Any, wave: Array) -> Array:
-    """(s, v) for one recording, alone: padding would change the group norm's statistics."""
-    with torch.inference_mode():
-        device = next(model.parameters()).device
-        logits = model(torch.from_numpy(normalize(wave))[None].to(device)).logits[0]
-        return np.asarray(torch.log_softmax(logits.float(), -1).cpu().numpy())
-
-
-def word_error_rate(model: Any, clips: list[Clip], change: Any = None) -> float:
-    """Word error rate, greedy. ``change`` does something to each wave before."""
-    model.eval()
-    waves = [clip.wave() if change is None else change(clip.wave()) for clip in clips]
-    heard = [decode(log_probs(model, wave).argmax(-1)) for wave in waves]
-    return float(jiwer.wer([clip.text for clip in clips], heard))
-
-
-def words_by_speaker(model: Any, clips: list[Clip]) -> list[list[tuple[str, Array]]]:
-    """Every speaker's words, cut apart, for ``recombine``; recordings that the model does not hear at all are left."""
-    model.eval()
-    words: dict[str, list[tuple[str, Array]]] = {}
-    for clip in clips:
-        scores = log_probs(model, clip.wave())
-        if len(scores) > 2 * len(clip.text) and jiwer.cer(clip.text, decode(scores.argmax(-1)) or "-") < 0.3:
-            pieces = cut_words(clip.wave(), clip.text, align(scores, encode(clip.text), clip.text))
-            words.setdefault(clip.speaker, []).extend(pieces)
-    return [pieces for pieces in words.values() if len(pieces) > 10]
 
 
 # ----------------------------------------------------------------------------- warming the front end
@@ -199,6 +157,13 @@ class Store:
             while self.seconds > STORE_HOURS * 3600:
                 self.seconds -= self.clips.popleft()[2] * FRAME
 
+    def freeze(self, model: Any, frozen: int) -> None:
+        """From now on keep what ``frozen`` convolutions give; what is there goes through those that are new."""
+        for _ in range(len(self.clips)):
+            features, text, frames = self.clips.popleft()
+            self.clips.append((onward(model, features, self.frozen, frozen), text, frames))
+        self.frozen = frozen
+
     def batches(self) -> list[list[tuple[Any, str, int]]]:
         """About eight batches of clips of like length, in random order: little is padded."""
         chosen: list[tuple[Any, str, int]] = []
@@ -229,14 +194,32 @@ def rate_at(progress: float) -> float:
     return PEAK_RATE * (0.05 + 0.95 * rise) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
 
 
-def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool: Any) -> Any:
-    """Loss of one batch: CTC at the top, and with less weight after the middle layer through the same head."""
+def disagreement(logits: Any, frames: Any, letters: int) -> Any:
+    """How far two views of the same clips, one batch after the other, are from each other: per letter, like the loss.
+
+    Each view's distributions are the other's target (Kullback-Leibler, both ways, summed over the clips' own frames):
+    CR-CTC, arXiv 2410.05101. A model that must say the same whichever frames are hidden from it has to use the context.
+    """
+    one, other = torch.log_softmax(logits.float(), -1).chunk(2)
+    inside = torch.arange(one.shape[1], device=one.device) < frames[:, None].to(one.device)
+    both = F.kl_div(one, other.detach(), reduction="none", log_target=True)
+    both = both + F.kl_div(other, one.detach(), reduction="none", log_target=True)
+    return (both.sum(-1) * inside).sum() / 2 / max(letters, 1)
+
+
+def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool: Any) -> tuple[Any, float]:
+    """Loss of one batch, seen twice, and the part of it that is CTC at the top, which the curve shows.
+
+    CTC at the top, with less weight after the middle layer through the same head, and how far both views differ.
+    """
     batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True).to(pool.device)
     frames = torch.tensor([count // 2 * 2 for _, _, count in clips])  # an odd last one is squeezed away
     with torch.autocast(pool.device.type, torch.bfloat16):
-        top, middle = upper(model, batch, frames.to(pool.device), frozen, pool)
-    texts = [text for _, text, _ in clips]
-    return ctc(top, frames, texts) + 0.4 * ctc(middle, frames, texts)
+        top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, views=2)
+    texts = [text for _, text, _ in clips] * 2
+    loss = ctc(top, frames.repeat(2), texts)
+    differ = disagreement(top, frames, sum(map(len, texts)) // 2)
+    return loss + 0.4 * ctc(middle, frames.repeat(2), texts) + CONSISTENCY * differ, loss.item()
 
 
 def optimizers_for(model: Any) -> list[Any]:
@@ -250,6 +233,24 @@ def optimizers_for(model: Any) -> list[Any]:
         matrices, PEAK_RATE, weight_decay=0.05, momentum=0.95, ns_steps=4, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, torch.optim.AdamW(rest, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)]
+
+
+def shared_mean(parameters: list[Any], seconds: float) -> float:
+    """Make every process's gradients the mean of all, and give the mean of ``seconds``: all keep the same clock.
+
+    A step that took longer than ten seconds was a pause of the machine and does not count.
+    """
+    if not dist.is_initialized():
+        return min(seconds, 10.0)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    clock = torch.full((1,), min(seconds, 10.0), device=gradients[0].device)
+    flat = torch.cat([clock, *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    mean_seconds, *means = torch.split(flat, [1, *(gradient.numel() for gradient in gradients)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return float(mean_seconds)
 
 
 def average(snapshots: Any) -> dict[str, Any]:
@@ -275,7 +276,7 @@ def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Names
         for optimizer, found in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(found)
         history, elapsed, step, snapshots = state["history"], state["elapsed"], state["step"], state["snapshots"]
-        sources.rng = np.random.default_rng([options.seed, step])
+        sources.rng = np.random.default_rng([options.seed, step, RANK])
         print(f"going on from step {step}, {elapsed / 60:.1f} minutes", flush=True)
     limit, evaluated, kept, aligned = options.minutes * 60, elapsed if history else -1e9, elapsed, -1.0
     if words_file.exists():
@@ -286,52 +287,57 @@ def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Names
             evaluated, now = elapsed, copied(model)
             model.load_state_dict(average(snapshots) if snapshots else now)
             wer = word_error_rate(model, dev)
-            if wer < min((row["wer"] for row in history), default=2.0):
+            if wer < min((row["wer"] for row in history), default=2.0) and RANK == 0:
                 torch.save(model.state_dict(), best_file)
             if wer < 0.6 and progress - aligned > 0.3:
                 sources.words, aligned = words_by_speaker(model, sources.clips["an4"]), progress
-                torch.save(sources.words, words_file)
+                if RANK == 0:
+                    torch.save(sources.words, words_file)
                 print(f"{sum(map(len, sources.words))} words cut from AN4", flush=True)
             model.load_state_dict(now)
             mean = float(np.mean(losses)) if losses else float("nan")
             history.append({"step": step, "minutes": elapsed / 60, "loss": mean, "wer": wer})
             print(" ".join(f"{key} {value:.3f}" for key, value in history[-1].items()), flush=True)
             losses = []
-            state = {"model": now, "optimizers": [o.state_dict() for o in optimizers], "history": history}
-            state |= {"elapsed": elapsed, "step": step, "snapshots": snapshots}
-            torch.save(state, state_file.with_suffix(".new"))
-            state_file.with_suffix(".new").replace(state_file)
-            draw_curve(history, options.out / "curve.png")
+            if RANK == 0:
+                state = {"model": now, "optimizers": [o.state_dict() for o in optimizers], "history": history}
+                state |= {"elapsed": elapsed, "step": step, "snapshots": snapshots}
+                torch.save(state, state_file.with_suffix(".new"))
+                state_file.with_suffix(".new").replace(state_file)
+                draw_curve(history, options.out / "curve.png")
         if progress == 1:
             break
         # Short clips first: a first letter is easier to find in a short one.
         longest = 18.0 if options.init or progress > 0.1 else 2.0 + 160 * progress
-        # Convolutions that have only been warmed are trained for a while; the first run at 3,200 to 800 steps a
-        # second, which would make everything slower by half, and remain a filter bank.
-        frozen = 11 if options.init or progress > 0.3 else 5
+        # The first convolutions run at 3,200 to 400 steps a second, which would make everything slower by half, and
+        # remain a filter bank; those down to 100 steps a second have learned what they will well before the end.
+        frozen = 11 if progress > TRAINED_CONVOLUTIONS else 7
         if store.frozen != frozen:
             model.sew_d.feature_extractor.conv_layers.requires_grad_(True)
             model.sew_d.feature_extractor.conv_layers[:frozen].requires_grad_(False)
-            store = Store(frozen, sources.rng)
+            store.freeze(model, frozen)
+        if not store.clips:
             store.add(model, sources.draw(options.hours * 3600, progress, longest))
         model.train()
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        started = time.monotonic()
         for clips in store.batches():
-            started = time.monotonic()
             store.add(model, sources.draw(RENEWED * BATCH_SECONDS, progress, longest))
-            loss = train_step(model, clips, frozen, pool)
+            loss, ctc_loss = train_step(model, clips, frozen, pool)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            ended = time.monotonic()
+            elapsed += shared_mean(learned, ended - started)
+            started = ended
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
             for optimizer, factor in zip(optimizers, (MUON_FACTOR, 1.0), strict=True):
                 optimizer.param_groups[0]["lr"] = factor * rate_at(progress)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.item() / 1.4)
+            losses.append(ctc_loss)
             step += 1
-            elapsed += time.monotonic() - started
             if elapsed - kept > limit / 150:
                 kept = elapsed
                 snapshots.append({name: value.cpu() for name, value in copied(model).items()})
-    model.load_state_dict(torch.load(best_file, weights_only=True))
 
 
 def draw_curve(history: list[dict[str, float]], path: Path) -> None:
@@ -345,76 +351,6 @@ def draw_curve(history: list[dict[str, float]], path: Path) -> None:
     bottom.plot(minutes, [row["loss"] for row in history], "o-", color="#d55e00")
     bottom.set(xlabel="minutes of training", ylabel="training loss per letter", ylim=(0, None))
     figure.savefig(path, dpi=110)
-
-
-# ------------------------------------------------------------------------------------------ export
-
-
-def conditions(rng: np.random.Generator) -> dict[str, Any]:
-    """Ways in which a recording may be worse than AN4's own."""
-
-    def telephone(wave: Array) -> Array:
-        return change_speed(change_speed(wave, 2.0), 0.5)  # down to 8 kHz and back
-
-    return {
-        "clean": None,
-        "at 8 kHz": telephone,
-        "20 dB quieter": lambda wave: np.round(wave * 0.1 * 32768).astype(np.float32) / 32768,
-        "white noise, 15 dB SNR": lambda wave: add_noise(wave, coloured_noise(len(wave), 0, rng), 15),
-        "pink noise, 15 dB SNR": lambda wave: add_noise(wave, coloured_noise(len(wave), 1, rng), 15),
-        "10 % faster": lambda wave: change_speed(wave, 1.1),
-        "10 % slower": lambda wave: change_speed(wave, 0.9),
-    }  # fmt: skip
-
-
-def export(model: Any, folder: Path, figures: dict[str, float], options: argparse.Namespace) -> None:
-    """The folder that sewd_np bundles: float16 weights, configuration, vocabulary, model card, the data's notice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tensors = {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    files = {
-        "vocab.json": TOKEN,
-        "tokenizer_config.json": {
-            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
-            "word_delimiter_token": "|", "do_lower_case": False, "tokenizer_class": "Wav2Vec2CTCTokenizer",
-        },
-        "preprocessor_config.json": {
-            "do_normalize": True, "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1,
-            "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": RATE,
-        },
-    }  # fmt: skip
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    rows = "\n".join(f"| {name} | {100 * wer:.1f} % |" for name, wer in figures.items())
-    card = CARD.read_text(encoding="utf-8")
-    facts = {
-        "FIGURES": rows, "MINUTES": f"{options.minutes:g}", "SEED": str(options.seed),
-        "STRINGS": f"{options.strings:,}",
-        "INIT": f", from the checkpoint {options.init.name}" if options.init else "",
-    }  # fmt: skip
-    for key, value in facts.items():
-        card = card.replace(f"{{{key}}}", value)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copy(options.speech / "an4" / "LICENSE", folder / "NOTICE-AN4.txt")
-    licence = (options.speech / "mini_librispeech_opus" / "LICENSE.TXT").read_text(encoding="utf-8")
-    (folder / "NOTICE-LIBRISPEECH.txt").write_text(
-        "The weights were trained on, among other things, LibriSpeech train-clean-5, re-encoded and augmented, from\n"
-        "<https://www.openslr.org/31/>.\n\n" + licence, encoding="utf-8"
-    )  # fmt: skip
-
-
-def check_twin(model: Any, folder: Path, dev: list[Clip]) -> None:
-    """sewd_np must hear in the exported files what PyTorch hears: the same word error rate, clip by clip the same."""
-    import sewd_np
-
-    twin = sewd_np.load(folder)
-    ours = [" ".join(sewd_np.transcribe(clip.wave(), model=twin).text.split()) for clip in dev]
-    theirs = [decode(log_probs(model, clip.wave()).argmax(-1)) for clip in dev]
-    texts = [clip.text for clip in dev]
-    print(f"dev WER: sewd_np {100 * jiwer.wer(texts, ours):.2f} %, PyTorch {100 * jiwer.wer(texts, theirs):.2f} %")
-    if ours != theirs:
-        raise SystemExit("sewd_np and PyTorch differ on a clip; the export is wrong.")
 
 
 def main() -> None:
@@ -431,9 +367,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rng = np.random.default_rng(options.seed)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    rng = np.random.default_rng([options.seed, RANK])
     clips = {"an4": read_corpus(options.speech / "an4", "train")}
+    if RANK == 0:
+        synthesize(options.strings, options.out, options.seed)  # the others read what this one has written
+    if dist.is_initialized():
+        dist.barrier()
     clips["spoken"] = synthesize(options.strings, options.out, options.seed)
     clips["librispeech"] = read_corpus(options.speech / "mini_librispeech_opus", "train")
     dev = read_corpus(options.speech / "an4", "dev")
@@ -449,7 +389,14 @@ def main() -> None:
     model = model.to(device)
     if not options.init and not (options.out / "state.pt").exists():
         warm_front_end(model, lambda seconds: sources.draw(seconds, longest=4.0), 600, device)
+    if dist.is_initialized():
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+        torch.manual_seed(options.seed + RANK)  # dropout and SpecAugment differ, as the batches do
     train(model, sources, dev, options, device)
+    if RANK:
+        return
+    model.load_state_dict(torch.load(options.out / "best.pt", weights_only=True))
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
     model.eval()
     figures = {name: word_error_rate(model, dev, change) for name, change in conditions(rng).items()}
@@ -460,4 +407,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "WORLD_SIZE" in os.environ:  # set by torchrun
+        dist.init_process_group()
+    with contextlib.redirect_stdout(None if RANK else sys.stdout):
+        main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

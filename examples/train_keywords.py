@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from fast_twin import block, position_rows
+from hearing import words_by_speaker
 from safetensors.torch import save_file
-from train_bundled import words_by_speaker
 from training_data import (
     COMMANDS,
     DIGITS,
@@ -75,9 +75,9 @@ class Words:
         pool = self.by_label[label]
         wave = pool[int(rng.integers(len(pool)))]
         kind = rng.random()
-        if label == UNKNOWN and kind < 0.15:
+        if label == UNKNOWN and kind < 0.25:
             wave = noise_clip(rng).wave()
-        elif label == UNKNOWN and kind < 0.45:
+        elif label == UNKNOWN and kind < 0.55:
             sentence = self.other[int(rng.integers(len(self.other)))]
             wave = sentence[int(rng.integers(len(sentence) // 2)) :][: int(rng.uniform(0.3, 1.5) * RATE)]
         wave = change_speed(wave, rng.uniform(0.85, 1.18))[:samples]

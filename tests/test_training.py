@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.reference import SMALL, build
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import fast_twin as twin
+import hearing
 import train_bundled as script
 import train_keywords as keywords
 import training_data as data
@@ -31,16 +33,16 @@ def spiky(labels: list[int | None], vocabulary: int = 32) -> np.ndarray:
 
 def test_text_survives_encoding() -> None:
     text = "ENTER SIX TWO"
-    ids = script.encode(text)
+    ids = hearing.encode(text)
     frames = [i for label in ids for i in (label, label, 0)]
-    assert script.decode(np.array(frames)) == text
-    assert script.decode(np.zeros(9, int)) == ""
+    assert hearing.decode(np.array(frames)) == text
+    assert hearing.decode(np.zeros(9, int)) == ""
 
 
 def test_alignment_finds_the_frames_that_fire() -> None:
-    t, w, o, bar, s, i, x = script.encode("TWO SIX")
+    t, w, o, bar, s, i, x = hearing.encode("TWO SIX")
     path = [None, t, w, o, o, None, bar, None, s, i, i, x, None, None]
-    assert data.align(spiky(path), script.encode("TWO SIX"), "TWO SIX") == [
+    assert data.align(spiky(path), hearing.encode("TWO SIX"), "TWO SIX") == [
         pytest.approx((1 * 0.02, 5 * 0.02)),
         pytest.approx((8 * 0.02, 12 * 0.02)),
     ]
@@ -48,7 +50,7 @@ def test_alignment_finds_the_frames_that_fire() -> None:
 
 def test_alignment_keeps_a_doubled_letter_apart() -> None:
     """Two of the same letter need a blank between them, however the scores are."""
-    labels = script.encode("LL")
+    labels = hearing.encode("LL")
     (span,) = data.align(spiky([labels[0]] * 3), labels, "LL")
     assert span == pytest.approx((0, 0.06))
 
@@ -93,7 +95,7 @@ def test_augmented_sound_is_sound(strength: float) -> None:
 
 def test_random_text_stays_in_the_vocabulary() -> None:
     texts = [data.random_text(RNG(seed)) for seed in range(300)]
-    assert all(script.TOKEN["<unk>"] not in script.encode(text) for text in texts)
+    assert all(hearing.TOKEN["<unk>"] not in hearing.encode(text) for text in texts)
     assert len(set(texts)) > 250
 
 
@@ -154,6 +156,37 @@ def test_dropout_and_masks_come_with_the_pool() -> None:
     assert plain.shape == masked.shape and not torch.allclose(plain, masked)
 
 
+def test_two_views_are_the_batch_twice() -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(2, 60, 24, generator=torch.Generator().manual_seed(0))
+    frames = torch.tensor([30, 20])
+    with torch.no_grad():
+        once = twin.upper(hf, x, frames, 11)
+        twice = twin.upper(hf, x, frames, 11, views=2)
+    for logits, both in zip(once, twice, strict=True):
+        torch.testing.assert_close(both, logits.repeat(2, 1, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_views_disagree_by_what_lies_between_their_distributions() -> None:
+    """Nothing for equal views, whatever stands beyond a clip's end; else the mean of both divergences per letter."""
+    rng = RNG(0)
+    one, other = (rng.standard_normal((2, 5, 7)) for _ in range(2))
+    other[1, 3:] = one[1, 3:] + 4 * rng.standard_normal((2, 7))
+    frames, letters = torch.tensor([5, 3]), 3
+    p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (one, other))
+    apart = ((p - q) * np.log(p / q)).sum(-1)  # Kullback-Leibler from p to q and from q to p
+    expected = (apart[0].sum() + apart[1, :3].sum()) / 2 / letters
+
+    def between(a: np.ndarray, b: np.ndarray) -> Any:
+        return script.disagreement(torch.from_numpy(np.concatenate([a, b])).requires_grad_(), frames, letters)
+
+    assert between(one, one).item() == pytest.approx(0, abs=1e-6)
+    value = between(one, other)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert value.requires_grad
+
+
 def test_the_store_keeps_its_size_and_its_batches_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = build(SMALL, "ctc", torch.float32)
     monkeypatch.setattr(script, "STORE_HOURS", 20 / 3600)
@@ -170,6 +203,52 @@ def test_the_store_keeps_its_size_and_its_batches_fit(monkeypatch: pytest.Monkey
         for features, text, frames in batch:
             assert frames == (len(waves[int(text)]) - 400) // 320 + 1
             assert len(features) // 2 == frames
+
+
+def test_what_is_kept_goes_through_newly_fixed_convolutions() -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    wave = RNG(0).standard_normal(9000).astype(np.float32)
+    store = script.Store(0, RNG(0))
+    store.freeze(hf, 7)
+    store.add(hf, [(wave, "A"), (wave[:7000], "B")])
+    store.freeze(hf, 11)
+    assert store.frozen == 11 and [text for _, text, _ in store.clips] == ["A", "B"]
+    for (kept, _, frames), samples in zip(store.clips, (9000, 7000), strict=True):
+        assert frames == (samples - 400) // 320 + 1 and kept.dtype == torch.bfloat16
+        expected = twin.lower(hf, wave[:samples], 11).float()
+        assert kept.shape == expected.shape
+        # Rounded to eight bits on the way, once more than the other.
+        assert (kept.float() - expected).abs().max() < 2**-6 * expected.abs().max()
+
+
+def one_of_two(rank: int, meeting: str, results: Any) -> None:
+    """A process of ``torchrun``'s: its gradients are all ``rank`` + 1, its step took 2 + 4 · ``rank`` seconds."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(2, 3), (4,)]]
+    fixed = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, rank + 1)
+    seconds = script.shared_mean([*parameters, fixed], 2.0 + 4 * rank)
+    results.put(
+        (seconds, fixed.grad, [parameter.grad.numpy() for parameter in parameters if parameter.grad is not None])
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_their_gradients_and_their_clock(tmp_path: Path) -> None:
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "meeting"), results), nprocs=2)
+    for _ in range(2):
+        seconds, fixed, gradients = results.get()
+        assert seconds == 4.0 and fixed is None
+        assert [gradient.shape for gradient in gradients] == [(2, 3), (4,)]
+        assert all((gradient == 1.5).all() for gradient in gradients)
+
+
+def test_a_pause_is_not_training_time() -> None:
+    assert script.shared_mean([], 0.5) == 0.5
+    assert script.shared_mean([], 3600.0) == 10.0
 
 
 @pytest.mark.parametrize("samples", [720 + 640 * 13, 720 + 640 * 30])

@@ -1,0 +1,87 @@
+"""What ``train_bundled.py`` leaves: figures on worse recordings, and the folder that sewd_np bundles, checked.
+
+float16 safetensors, configuration, vocabulary, model card and the notices of the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+from hearing import TOKEN, decode, log_probs
+from safetensors.torch import save_file
+from training_data import RATE, Array, Clip, add_noise, change_speed, coloured_noise
+
+CARD = Path(__file__).with_name("an4_card.md")
+
+
+def conditions(rng: np.random.Generator) -> dict[str, Any]:
+    """Ways in which a recording may be worse than AN4's own."""
+
+    def telephone(wave: Array) -> Array:
+        return change_speed(change_speed(wave, 2.0), 0.5)  # down to 8 kHz and back
+
+    return {
+        "clean": None,
+        "at 8 kHz": telephone,
+        "20 dB quieter": lambda wave: np.round(wave * 0.1 * 32768).astype(np.float32) / 32768,
+        "white noise, 15 dB SNR": lambda wave: add_noise(wave, coloured_noise(len(wave), 0, rng), 15),
+        "pink noise, 15 dB SNR": lambda wave: add_noise(wave, coloured_noise(len(wave), 1, rng), 15),
+        "10 % faster": lambda wave: change_speed(wave, 1.1),
+        "10 % slower": lambda wave: change_speed(wave, 0.9),
+    }  # fmt: skip
+
+
+def export(model: Any, folder: Path, figures: dict[str, float], options: argparse.Namespace) -> None:
+    """The folder that sewd_np bundles: float16 weights, configuration, vocabulary, model card, the data's notice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tensors = {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    files = {
+        "vocab.json": TOKEN,
+        "tokenizer_config.json": {
+            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+            "word_delimiter_token": "|", "do_lower_case": False, "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        },
+        "preprocessor_config.json": {
+            "do_normalize": True, "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1,
+            "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": RATE,
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    rows = "\n".join(f"| {name} | {100 * wer:.1f} % |" for name, wer in figures.items())
+    card = CARD.read_text(encoding="utf-8")
+    facts = {
+        "FIGURES": rows, "MINUTES": f"{options.minutes:g}", "SEED": str(options.seed),
+        "STRINGS": f"{options.strings:,}",
+        "INIT": f", from the checkpoint {options.init.name}" if options.init else "",
+    }  # fmt: skip
+    for key, value in facts.items():
+        card = card.replace(f"{{{key}}}", value)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copy(options.speech / "an4" / "LICENSE", folder / "NOTICE-AN4.txt")
+    licence = (options.speech / "mini_librispeech_opus" / "LICENSE.TXT").read_text(encoding="utf-8")
+    (folder / "NOTICE-LIBRISPEECH.txt").write_text(
+        "The weights were trained on, among other things, LibriSpeech train-clean-5, re-encoded and augmented, from\n"
+        "<https://www.openslr.org/31/>.\n\n" + licence, encoding="utf-8"
+    )  # fmt: skip
+
+
+def check_twin(model: Any, folder: Path, dev: list[Clip]) -> None:
+    """sewd_np must hear in the exported files what PyTorch hears: the same word error rate, clip by clip the same."""
+    import sewd_np
+
+    twin = sewd_np.load(folder)
+    ours = [" ".join(sewd_np.transcribe(clip.wave(), model=twin).text.split()) for clip in dev]
+    theirs = [decode(log_probs(model, clip.wave()).argmax(-1)) for clip in dev]
+    texts = [clip.text for clip in dev]
+    print(f"dev WER: sewd_np {100 * jiwer.wer(texts, ours):.2f} %, PyTorch {100 * jiwer.wer(texts, theirs):.2f} %")
+    if ours != theirs:
+        raise SystemExit("sewd_np and PyTorch differ on a clip; the export is wrong.")

@@ -1,0 +1,54 @@
+"""What a model hears: letters from its scores, how many words of a set of recordings are wrong, where each word is.
+
+Used by both training scripts. Greedy CTC throughout: no language model, no beam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jiwer
+import numpy as np
+import torch
+from training_data import Array, Clip, align, cut_words, normalize
+
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
+
+
+def encode(text: str) -> list[int]:
+    return [TOKEN.get(letter, TOKEN["<unk>"]) for letter in text.replace(" ", "|")]
+
+
+def decode(ids: Array) -> str:
+    """Greedy CTC: repeats collapse, blanks and special tokens go, delimiters become spaces."""
+    kept = [int(i) for n, i in enumerate(ids) if i >= 4 and (n == 0 or i != ids[n - 1])]
+    return " ".join("".join(VOCABULARY[i] for i in kept).replace("|", " ").split())
+
+
+def log_probs(model: Any, wave: Array) -> Array:
+    """(s, v) for one recording, alone: padding would change the group norm's statistics."""
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        logits = model(torch.from_numpy(normalize(wave))[None].to(device)).logits[0]
+        return np.asarray(torch.log_softmax(logits.float(), -1).cpu().numpy())
+
+
+def word_error_rate(model: Any, clips: list[Clip], change: Any = None) -> float:
+    """Word error rate, greedy. ``change`` does something to each wave before."""
+    model.eval()
+    waves = [clip.wave() if change is None else change(clip.wave()) for clip in clips]
+    heard = [decode(log_probs(model, wave).argmax(-1)) for wave in waves]
+    return float(jiwer.wer([clip.text for clip in clips], heard))
+
+
+def words_by_speaker(model: Any, clips: list[Clip]) -> list[list[tuple[str, Array]]]:
+    """Every speaker's words, cut apart, for ``recombine``; recordings that the model does not hear at all are left."""
+    model.eval()
+    words: dict[str, list[tuple[str, Array]]] = {}
+    for clip in clips:
+        scores = log_probs(model, clip.wave())
+        if len(scores) > 2 * len(clip.text) and jiwer.cer(clip.text, decode(scores.argmax(-1)) or "-") < 0.3:
+            pieces = cut_words(clip.wave(), clip.text, align(scores, encode(clip.text), clip.text))
+            words.setdefault(clip.speaker, []).extend(pieces)
+    return [pieces for pieces in words.values() if len(pieces) > 10]
