@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sewd_np.cpu_amx import DEPTH, multiply, pack_split, room_for
+from sewd_np.cpu_amx import DEPTH, pack_split
 from sewd_np.cpu_gemm import aligned, pack, product
-from sewd_np.cpu_math import activate, normalize_row, vector_kernel
+from sewd_np.cpu_math import activate, normalize_row, vector_kernel, whole_registers
+from sewd_np.cpu_split import multiply, room_for
 from sewd_np.params import Conv
 
 Array = np.ndarray
@@ -84,6 +85,7 @@ def window_moments(phases, stride, kernel, steps, mean, moments):
     ``phases`` (stride, steps + ...) is the sound dealt out in turn: sample m · stride + a lies at [a % stride, m + a //
     stride], so that every sum below runs along a row.
     """
+    whole_registers()
     for a in range(kernel):
         left = phases[a % stride, a // stride : a // stride + steps]
         total = 0.0
@@ -131,6 +133,7 @@ def encode_tiles(
     ``first_panels`` and ``first_bias`` stand in for layer 0's own. ``scratch`` (workers, 2, size) holds what passes
     between layers.
     """
+    whole_registers()
     layers, last = len(plan), len(plan) - 1
     room = room_for(panels, scratch.shape[2], np.max(plan[:, STRIDE] * plan[:, INPUTS]))
     width = plan[last, OUTPUTS]
@@ -199,6 +202,7 @@ def squeeze_groups(x_sd, panels, bias, kernel, groups, factor, code, out_td, scr
     A group's channels are first copied together, with zeros before and after, so that its windows lie in a row.
     scratch (workers, 2, size).
     """
+    whole_registers()
     frames, d = x_sd.shape
     t, pad, width = len(out_td), kernel // 2, d // groups
     panel_size = len(panels) // groups

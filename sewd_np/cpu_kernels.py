@@ -26,7 +26,7 @@ import numpy as np
 
 from sewd_np import attention, layers
 from sewd_np.config import SEWDConfig
-from sewd_np.cpu_amx import BLOCK, DEPTH, available, multiply, pack_split, room_for
+from sewd_np.cpu_amx import BLOCK, DEPTH, available, pack_split
 from sewd_np.cpu_attention import attend, gather_keys, shape_of
 from sewd_np.cpu_conv import (
     TILE_FRAMES,
@@ -40,8 +40,9 @@ from sewd_np.cpu_conv import (
     squeeze_groups,
 )
 from sewd_np.cpu_gemm import FEW_ROWS, kernel, pack
-from sewd_np.cpu_math import ACTIVATION_CODES, activate, normalize_row, vector_kernel
+from sewd_np.cpu_math import ACTIVATION_CODES, activate, normalize_row, vector_kernel, whole_registers
 from sewd_np.cpu_positions import Distances, Positions, distances, index_by_pair, pack_positions
+from sewd_np.cpu_split import multiply, room_for
 from sewd_np.cpu_team import Pool, Team, cores
 from sewd_np.params import Layer, Linear, Norm, Params, Weights, prepare
 
@@ -88,6 +89,7 @@ def tile_rows(panels):
 @vector_kernel
 def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
     """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
+    whole_registers()
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
     block = row_block(last - first, tile_rows(panels))
     room = room_for(panels, block * depth, depth)
@@ -100,6 +102,7 @@ def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, worker
 @vector_kernel
 def add_and_normalize(row, residual, weight, shift, eps):
     """row ← layer norm of row + residual."""
+    whole_registers()
     for c in range(len(row)):
         row[c] += residual[c]
     normalize_row(row, weight, shift, eps, row)
@@ -108,6 +111,7 @@ def add_and_normalize(row, residual, weight, shift, eps):
 @vector_kernel
 def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
     """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
+    whole_registers()
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
     block = row_block(last - first, tile_rows(panels))
     room = room_for(panels, block * depth, depth)
@@ -125,6 +129,7 @@ def feed_forward_rows(
     x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, scratch, worker, workers
 ):
     """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
+    whole_registers()
     first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
     block = row_block(last - first, tile_rows(panels))
     room, room_2 = room_for(panels, block * size, size), room_for(panels_2, block * inner, inner)
@@ -142,6 +147,7 @@ def feed_forward_rows(
 @vector_kernel
 def normalize_rows(x, rows, size, weight, bias, eps, out, worker, workers):
     """Layer norm row by row, flat; a worker's share of the rows."""
+    whole_registers()
     for row in range(rows * worker // workers, rows * (worker + 1) // workers):
         normalize_row(x[row * size : (row + 1) * size], weight, bias, eps, out[row * size : (row + 1) * size])
 
@@ -373,14 +379,14 @@ class Kernels:
         batch, frames, width = qkv.shape
         d = width // 3
         out = np.empty((batch, frames, d), np.float32)
-        shape = shape_of(batch, frames, heads, d // heads, len(positions.queries) > 0, index)
+        shape = shape_of(batch, frames, heads, d // heads, positions.rows, index)
         lengths = np.full(batch, frames) if lengths_b is None else np.minimum(lengths_b, frames).astype(np.int64)
         _, *walk = Distances(0, np.empty(0, np.int32), 0, 0, 0, 0) if index is None else index
         zeros = np.zeros(max(shape.row, shape.columns, shape.size), np.float32)
         shared_size = batch * heads * shape.pair
         with self.pool.take(shared_size + self.threads * shape.block) as scratch:
             shared, blocks = scratch[:shared_size], scratch[shared_size:].reshape(self.threads, shape.block)
-            self.team.run(gather_keys, qkv.reshape(-1), shape, *positions, zeros, lengths, shared)
+            self.team.run(gather_keys, qkv.reshape(-1), shape, positions.keys, lengths, shared)
             self.team.run(
                 attend,
                 qkv.reshape(-1),
@@ -401,8 +407,8 @@ class Kernels:
     def attention_bytes(self, batch: int, heads: int, frames: int, itemsize: int, explicit: bool) -> int:
         if explicit:
             return attention.attention_bytes(batch, heads, frames, itemsize, explicit)
-        # A frame and head keep up to 512 numbers of P, their key and value, and a share of the blocks: below 1,024.
-        return itemsize * batch * heads * frames * 1024
+        # A frame and head keep their key and value, and a share of the blocks: below 512 numbers.
+        return itemsize * batch * heads * frames * 512
 
     def content_to_position(self, q_btd: Array, pos_key_hpe: Array, index: Distances, scale: float) -> Array:
         pair_index = index_by_pair(index, pos_key_hpe.shape[1] // 2)

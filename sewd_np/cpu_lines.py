@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from sewd_np.cpu_math import E2, E3, E4, E5, E6, LN2_HIGH, LN2_LOW, LOG2_E, SMALLEST_EXP
 
 Array = np.ndarray
 LINE = 16
@@ -36,6 +39,28 @@ def max_line(target, t, source, s):
     """target[t : t + LINE] = the larger of itself and source[s : s + LINE]; a NaN in source does not count."""
     old, new = target[t : t + LINE], source[s : s + LINE]
     target[t : t + LINE] = np.where(new > old, new, old)
+
+
+def exp_line(x, i, largest, a, sums, t):
+    """x[i : i + LINE] = e to what they exceed ``largest[a]`` by (never more than 0), added to sums[t : t + LINE].
+
+    Off by less than 5e-7 of its value; 0 below −87.33, NaN for NaN.
+    """
+    power = x[i : i + LINE] - largest[a]
+    with np.errstate(under="ignore"):
+        x[i : i + LINE] = np.where(power < SMALLEST_EXP, np.float32(0), np.exp(power))
+    sums[t : t + LINE] += x[i : i + LINE]
+
+
+def exp_pieces(pieces, u, w, x, i, largest, a, sums, t):
+    """``exp_line`` of two lines of x, left as they are, and ``split_line`` of what comes out, from u and from w.
+
+    Of a NaN only the sum is certain to keep that it is one.
+    """
+    for line in (0, LINE):
+        numbers = x[i + line : i + line + LINE].copy()
+        exp_line(numbers, 0, largest, a, sums, t)
+        split_line(pieces, u + line, pieces, w + line, numbers, 0)
 
 
 def mix_line(target, t, source, s, bit):
@@ -98,6 +123,15 @@ def _intrinsic(write: Callable[..., None]) -> Any:
     return operation
 
 
+@intrinsic
+def _exponential_pieces(typing_context, upper, lower, x, largest, sums):
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _exp_pieces(builder, *arguments)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), emit
+
+
 def _copy(builder: Any, target: Any, source: Any, _: Any) -> None:
     _store(builder, _load(builder, source, _FLOATS), target)
 
@@ -109,6 +143,64 @@ def _add(builder: Any, target: Any, source: Any, _: Any) -> None:
 def _max(builder: Any, target: Any, source: Any, _: Any) -> None:
     old, new = _load(builder, target, _FLOATS), _load(builder, source, _FLOATS)
     _store(builder, builder.select(builder.fcmp_ordered(">", new, old), new, old), target)
+
+
+def _exp_of(builder: Any, x: Any, largest: Any) -> Any:
+    """e to what the line at x exceeds the number at ``largest`` by: as ``cpu_math.exp``, but for numbers up to 0.
+
+    n is rounded by adding 1.5 · 2²³, behind which a float32 has no digits; it then lies in the lowest bits.
+    """
+
+    def everywhere(value: Any) -> Any:
+        return ir.Constant(_FLOATS, [float(value)] * LINE)
+
+    fma = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LINE}f32"
+    )
+
+    def multiply_add(*operands: Any) -> Any:
+        return builder.call(fma, operands)
+
+    number = builder.load(builder.inttoptr(largest, ir.FloatType().as_pointer()))
+    undefined = ir.Constant(_FLOATS, ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    power = builder.fsub(_load(builder, x, _FLOATS), builder.shuffle_vector(first, undefined, _words([0] * LINE)))
+    shifted = multiply_add(power, everywhere(LOG2_E), everywhere(1.5 * 2**23))
+    n = builder.fsub(shifted, everywhere(1.5 * 2**23))
+    rest = multiply_add(n, everywhere(-LN2_HIGH), power)
+    rest = multiply_add(n, everywhere(-LN2_LOW), rest)
+    series = everywhere(E6)
+    for coefficient in (E5, E4, E3, E2, 1, 1):
+        series = multiply_add(series, rest, everywhere(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, _WORDS), _words([23] * LINE))  # n, and nothing of what was added
+    result = builder.bitcast(builder.add(builder.bitcast(series, _WORDS), exponent), _FLOATS)
+    result = builder.select(builder.fcmp_ordered("<", power, everywhere(SMALLEST_EXP)), everywhere(0), result)
+    return builder.select(builder.fcmp_unordered("uno", power, power), power, result)
+
+
+def _exp(builder: Any, x: Any, largest: Any, sums: Any) -> None:
+    result = _exp_of(builder, x, largest)
+    _store(builder, result, x)
+    _store(builder, builder.fadd(_load(builder, sums, _FLOATS), result), sums)
+
+
+def _exp_pieces(builder: Any, upper: Any, lower: Any, x: Any, largest: Any, sums: Any) -> None:
+    half, cut = _words([HALF] * LINE), _words([CUT] * LINE)
+    second = builder.add(x, ir.Constant(ir.IntType(64), 4 * LINE))
+    results = [_exp_of(builder, address, largest) for address in (x, second)]
+    rounded, rests = [], []
+    for result in results:
+        bits = builder.add(builder.bitcast(result, _WORDS), half)
+        rest = builder.fsub(result, builder.bitcast(builder.and_(bits, cut), _FLOATS))
+        rounded.append(bits)
+        rests.append(builder.add(builder.bitcast(rest, _WORDS), half))
+    both, odd = ir.VectorType(ir.IntType(16), 2 * LINE), ir.VectorType(ir.IntType(32), 2 * LINE)
+    upper_halves = ir.Constant(odd, list(range(1, 4 * LINE, 2)))
+    for words, address in ((rounded, upper), (rests, lower)):
+        piece = builder.shuffle_vector(*(builder.bitcast(word, both) for word in words), upper_halves)
+        builder.store(piece, builder.inttoptr(address, both.as_pointer()), align=2)
+    total = builder.fadd(_load(builder, sums, _FLOATS), results[0])
+    _store(builder, builder.fadd(total, results[1]), sums)
 
 
 def _mix(builder: Any, target: Any, source: Any, bit: Any) -> None:
@@ -140,7 +232,7 @@ def _split(builder: Any, upper: Any, lower: Any, x: Any) -> None:
     _store(builder, builder.trunc(builder.lshr(rounded, shift), _HALVES), lower)
 
 
-_copied, _added, _maximum = _intrinsic(_copy), _intrinsic(_add), _intrinsic(_max)
+_copied, _added, _maximum, _exponential = _intrinsic(_copy), _intrinsic(_add), _intrinsic(_max), _intrinsic(_exp)
 _mixed, _paired, _parted = _intrinsic(_mix), _intrinsic(_pair), _intrinsic(_split)
 
 
@@ -157,6 +249,24 @@ def _add_line(target, t, source, s):
 @overload(max_line, inline="always")
 def _max_line(target, t, source, s):
     return lambda target, t, source, s: _maximum(target.ctypes.data + 4 * t, source.ctypes.data + 4 * s, 0)
+
+
+@overload(exp_line, inline="always")
+def _exp_line(x, i, largest, a, sums, t):
+    return lambda x, i, largest, a, sums, t: _exponential(
+        x.ctypes.data + 4 * i, largest.ctypes.data + 4 * a, sums.ctypes.data + 4 * t
+    )
+
+
+@overload(exp_pieces, inline="always")
+def _compiled_exp_pieces(pieces, u, w, x, i, largest, a, sums, t):
+    return lambda pieces, u, w, x, i, largest, a, sums, t: _exponential_pieces(
+        pieces.ctypes.data + 2 * u,
+        pieces.ctypes.data + 2 * w,
+        x.ctypes.data + 4 * i,
+        largest.ctypes.data + 4 * a,
+        sums.ctypes.data + 4 * t,
+    )
 
 
 @overload(mix_line, inline="always")
