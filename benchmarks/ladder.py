@@ -15,10 +15,10 @@ from benchmarks import peers
 from sewd_np import attention, layers
 from sewd_np.cpu_amx import available, pack_split
 from sewd_np.cpu_gemm import pack, product, product_v1
-from sewd_np.cpu_kernels import layer_norm_v1, normalize_rows
 from sewd_np.cpu_lines import LINE
 from sewd_np.cpu_math import ACTIVATION_CODES, activate
 from sewd_np.cpu_positions import add_by_key, add_by_key_v1, distances
+from sewd_np.cpu_rows import layer_norm_v1, normalize_rows
 from sewd_np.cpu_split import product_split, room_for
 
 

@@ -2,8 +2,8 @@
 
 The ladder (measured gains: docs/kernels.md)
 --------------------------------------------
-1. *Plain loops, compiled* (``cpu_gemm.product_v1``, ``layer_norm_v1`` here): what the definition says, one number at a
-   time. Already free of Python, yet slower than NumPy, whose products run on a tuned library.
+1. *Plain loops, compiled* (``cpu_gemm.product_v1``, ``cpu_rows.layer_norm_v1``): what the definition says, one number
+   at a time. Already free of Python, yet slower than NumPy, whose products run on a tuned library.
 2. *Registers* (``cpu_gemm``): products in tiles that stay in vector registers; B packed once, on load.
 3. *Vector mathematics* (``cpu_math``): erf and exp as polynomials that a loop can take 16 numbers at a time.
 4. *Caches* (``cpu_conv``): a tile of time goes through all 13 convolutions before the next one starts; group norm
@@ -12,7 +12,8 @@ The ladder (measured gains: docs/kernels.md)
    multiplied, and the t × t scores of a head never exist at once.
 6. *Along the grain* (``cpu_positions``, ``cpu_lines``): what lies on a table's diagonals is sheared into rows, whole
    lines of 16 numbers at a time (``add_by_key_v1`` beside ``add_by_key``).
-7. *The matrix unit* (``cpu_amx``), where the processor has one: a float32 as two bfloat16, three products for one.
+7. *The matrix unit* (``cpu_amx``, ``cpu_split``), where the processor has one: a float32 as two bfloat16, three
+   products for one.
 8. *Cores*: every kernel divides its rows, heads, groups or tiles among ``threads`` workers, by hand, so that nothing
    in the process is left changed and a row's arithmetic is the same whoever computes it: results do not depend on the
    number of threads, to the last bit.
@@ -22,11 +23,13 @@ The ladder (measured gains: docs/kernels.md)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sewd_np import attention, layers
 from sewd_np.config import SEWDConfig
-from sewd_np.cpu_amx import BLOCK, DEPTH, available, pack_split
+from sewd_np.cpu_amx import DEPTH, available, pack_split
 from sewd_np.cpu_attention import attend, gather_keys, shape_of
 from sewd_np.cpu_conv import (
     TILE_FRAMES,
@@ -39,122 +42,31 @@ from sewd_np.cpu_conv import (
     scratch_size,
     squeeze_groups,
 )
-from sewd_np.cpu_gemm import FEW_ROWS, kernel, pack
-from sewd_np.cpu_math import ACTIVATION_CODES, activate, normalize_row, vector_kernel, whole_registers
+from sewd_np.cpu_gemm import aligned, pack
+from sewd_np.cpu_math import ACTIVATION_CODES
 from sewd_np.cpu_positions import Distances, Positions, distances, index_by_pair, pack_positions
-from sewd_np.cpu_split import multiply, room_for
+from sewd_np.cpu_rows import (
+    SPLIT_ROW_BLOCK,
+    feed_forward_rows,
+    feed_forward_split_rows,
+    linear_norm_rows,
+    linear_rows,
+    normalize_rows,
+)
 from sewd_np.cpu_team import Pool, Team, cores
 from sewd_np.params import Layer, Linear, Norm, Params, Weights, prepare
 
 Array = np.ndarray
-ROW_BLOCK = 128  # rows of a product between two visits of an activation: small enough to be still in the cache
-
-
-@kernel
-def layer_norm_v1(x_rc, weight, bias, eps, out_rc):
-    """Rung 1 of ``normalize_rows``: mean, variance, result, one number at a time."""
-    rows, size = x_rc.shape
-    for r in range(rows):
-        mean = 0.0
-        for c in range(size):
-            mean += x_rc[r, c]
-        mean /= size
-        variance = 0.0
-        for c in range(size):
-            variance += (x_rc[r, c] - mean) ** 2
-        variance /= size
-        for c in range(size):
-            out_rc[r, c] = (x_rc[r, c] - mean) / np.sqrt(variance + eps) * weight[c] + bias[c]
-
-
-@kernel
-def share(rows, worker, workers):
-    """First row of a worker's share: whole low tiles, so that only the last worker has rows left over."""
-    return rows if worker == workers else rows * worker // workers // FEW_ROWS * FEW_ROWS
-
-
-@kernel
-def row_block(rows, tile):
-    """Rows at a time: at most ROW_BLOCK, evenly, in whole tiles of ``tile`` rows."""
-    blocks = max((rows + ROW_BLOCK - 1) // ROW_BLOCK, 1)
-    return max(((rows + blocks - 1) // blocks + tile - 1) // tile * tile, tile)
-
-
-@kernel
-def tile_rows(panels):
-    """Rows of the tiles in which a product with these panels is computed."""
-    return BLOCK if panels.itemsize == 2 else FEW_ROWS
-
-
-@vector_kernel
-def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
-    """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
-    whole_registers()
-    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first, tile_rows(panels))
-    room = room_for(panels, block * depth, depth)
-    for start in range(first, last, block):
-        count = min(block, last - start)
-        multiply(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs, room)
-        activate(out[start * outputs : (start + count) * outputs], code)
-
-
-@vector_kernel
-def add_and_normalize(row, residual, weight, shift, eps):
-    """row ← layer norm of row + residual."""
-    whole_registers()
-    for c in range(len(row)):
-        row[c] += residual[c]
-    normalize_row(row, weight, shift, eps, row)
-
-
-@vector_kernel
-def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
-    """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
-    whole_registers()
-    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first, tile_rows(panels))
-    room = room_for(panels, block * depth, depth)
-    for start in range(first, last, block):
-        stop = min(start + block, last)
-        multiply(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size, room)
-        for row in range(start, stop):
-            add_and_normalize(
-                out[row * size : (row + 1) * size], residual[row * size : (row + 1) * size], weight, shift, eps
-            )
-
-
-@vector_kernel
-def feed_forward_rows(
-    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, scratch, worker, workers
-):
-    """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
-    whole_registers()
-    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first, tile_rows(panels))
-    room, room_2 = room_for(panels, block * size, size), room_for(panels_2, block * inner, inner)
-    middle = scratch[worker]
-    for start in range(first, last, block):
-        stop = min(start + block, last)
-        count = stop - start
-        multiply(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner, room)
-        activate(middle[: count * inner], code)
-        multiply(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size, room_2)
-        for row in range(start, stop):
-            add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
-
-
-@vector_kernel
-def normalize_rows(x, rows, size, weight, bias, eps, out, worker, workers):
-    """Layer norm row by row, flat; a worker's share of the rows."""
-    whole_registers()
-    for row in range(rows * worker // workers, rows * (worker + 1) // workers):
-        normalize_row(x[row * size : (row + 1) * size], weight, bias, eps, out[row * size : (row + 1) * size])
 
 
 def own(x: Array) -> Array:
     """``x`` as the kernels want it: float32, contiguous, writable (they write elsewhere, but are compiled once)."""
     return np.require(x, np.float32, ["C", "W"])
+
+
+def fresh(*shape: int) -> Array:
+    """A new array, uninitialised. It begins at a multiple of 64: the matrix unit stores its tiles faster there."""
+    return aligned(math.prod(shape), np.float32).reshape(shape)
 
 
 class Kernels:
@@ -232,7 +144,7 @@ class Kernels:
         for taps, stride in plan[:, :2]:
             steps.append((steps[-1] - int(taps)) // int(stride) + 1)
         frames, width = steps[-1], int(plan[-1, 3])
-        out = np.empty((len(wave_bn), frames, width), np.float32)
+        out = fresh(len(wave_bn), frames, width)
         tiles = -(-frames // TILE_FRAMES)
         tiles = min(-(-tiles // self.threads) * self.threads, frames)
         size = scratch_size(plan, -(-frames // tiles))
@@ -262,7 +174,7 @@ class Kernels:
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         x = own(x)
-        out = np.empty_like(x)
+        out = fresh(*x.shape)
         size = x.shape[-1]
         flat = (x.reshape(-1), x.size // size, size)
         self.team.run(normalize_rows, *flat, own(weight), own(bias), eps, out.reshape(-1))
@@ -273,7 +185,7 @@ class Kernels:
 
     def linear_add_norm(self, x: Array, linear_weights: Linear, residual: Array, norm: Norm, eps: float) -> Array:
         x, residual = own(x), own(residual)
-        out = np.empty_like(residual)
+        out = fresh(*residual.shape)
         depth, size = x.shape[-1], residual.shape[-1]
         self.team.run(
             linear_norm_rows,
@@ -301,32 +213,33 @@ class Kernels:
         eps: float,
     ) -> Array:
         x = own(x_btd)
-        out = np.empty_like(x)
+        out = fresh(*x.shape)
         size, inner = x.shape[-1], len(intermediate.bias)
-        with self.pool.take(self.threads * ROW_BLOCK * inner) as scratch:
-            self.team.run(
-                feed_forward_rows,
-                x.reshape(-1),
-                x.size // size,
-                size,
-                intermediate.weight.reshape(-1),
-                inner,
-                intermediate.bias,
-                ACTIVATION_CODES[activation],
-                output.weight.reshape(-1),
-                output.bias,
-                norm.weight,
-                norm.bias,
-                eps,
-                out.reshape(-1),
-                scratch.reshape(self.threads, ROW_BLOCK * inner),
-            )
+        weights = (
+            x.reshape(-1),
+            x.size // size,
+            size,
+            intermediate.weight.reshape(-1),
+            inner,
+            intermediate.bias,
+            ACTIVATION_CODES[activation],
+            output.weight.reshape(-1),
+            output.bias,
+            *norm,
+            eps,
+            out.reshape(-1),
+        )
+        if intermediate.weight.dtype == output.weight.dtype == np.uint16:
+            self.team.run(feed_forward_split_rows, *weights)
+            return out
+        with self.pool.take(self.threads * SPLIT_ROW_BLOCK * inner) as scratch:
+            self.team.run(feed_forward_rows, *weights, scratch.reshape(self.threads, SPLIT_ROW_BLOCK * inner))
         return out
 
     def linear(self, x: Array, weight: Array, bias: Array, activation: str = "linear") -> Array:
         x = own(x)
         depth, outputs = x.shape[-1], len(bias)
-        out = np.empty((*x.shape[:-1], outputs), np.float32)
+        out = fresh(*x.shape[:-1], outputs)
         self.team.run(
             linear_rows,
             x.reshape(-1),
@@ -344,7 +257,7 @@ class Kernels:
         x_bsd = own(x_bsd)
         batch, frames, d = x_bsd.shape
         t = frames // factor
-        out = np.empty((batch, t, d), np.float32)
+        out = fresh(batch, t, d)
         size = (frames + 2 * (conv.kernel // 2)) * (d // conv.groups)
         with self.pool.take(self.threads * 2 * size) as scratch:
             for x_sd, out_td in zip(x_bsd, out, strict=True):
@@ -378,7 +291,7 @@ class Kernels:
         qkv = own(qkv)
         batch, frames, width = qkv.shape
         d = width // 3
-        out = np.empty((batch, frames, d), np.float32)
+        out = fresh(batch, frames, d)
         shape = shape_of(batch, frames, heads, d // heads, positions.rows, index)
         lengths = np.full(batch, frames) if lengths_b is None else np.minimum(lengths_b, frames).astype(np.int64)
         _, *walk = Distances(0, np.empty(0, np.int32), 0, 0, 0, 0) if index is None else index

@@ -91,6 +91,12 @@ def split_line(upper, u, lower, w, x, i):
     lower[w : w + LINE] = (rest.view(np.uint32) + np.uint32(HALF)) >> np.uint32(16)
 
 
+def split_lines(pieces, u, w, x, i):
+    """``split_line`` of two lines of x, from u and from w."""
+    for line in (0, LINE):
+        split_line(pieces, u + line, pieces, w + line, x, i + line)
+
+
 # -------------------------------------------------------------------- the same in LLVM's language
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), LINE), ir.VectorType(ir.IntType(32), LINE)
@@ -186,19 +192,15 @@ def _exp(builder: Any, x: Any, largest: Any, sums: Any) -> None:
 
 def _exp_pieces(builder: Any, upper: Any, lower: Any, x: Any, largest: Any, sums: Any) -> None:
     half, cut = _words([HALF] * LINE), _words([CUT] * LINE)
-    second = builder.add(x, ir.Constant(ir.IntType(64), 4 * LINE))
-    results = [_exp_of(builder, address, largest) for address in (x, second)]
+    results = [_exp_of(builder, address, largest) for address in _two_lines(builder, x)]
     rounded, rests = [], []
     for result in results:
         bits = builder.add(builder.bitcast(result, _WORDS), half)
         rest = builder.fsub(result, builder.bitcast(builder.and_(bits, cut), _FLOATS))
         rounded.append(bits)
         rests.append(builder.add(builder.bitcast(rest, _WORDS), half))
-    both, odd = ir.VectorType(ir.IntType(16), 2 * LINE), ir.VectorType(ir.IntType(32), 2 * LINE)
-    upper_halves = ir.Constant(odd, list(range(1, 4 * LINE, 2)))
     for words, address in ((rounded, upper), (rests, lower)):
-        piece = builder.shuffle_vector(*(builder.bitcast(word, both) for word in words), upper_halves)
-        builder.store(piece, builder.inttoptr(address, both.as_pointer()), align=2)
+        _store_upper_halves(builder, words, address)
     total = builder.fadd(_load(builder, sums, _FLOATS), results[0])
     _store(builder, builder.fadd(total, results[1]), sums)
 
@@ -217,9 +219,9 @@ def _pair(builder: Any, target: Any, even: Any, odd: Any) -> None:
     _store(builder, builder.or_(low, builder.shl(high, _words([16] * LINE))), target)
 
 
-def _split(builder: Any, upper: Any, lower: Any, x: Any) -> None:
-    half, shift, infinity = (_words([number] * LINE) for number in (HALF, 16, INFINITE))
-    numbers = _load(builder, x, _FLOATS)
+def _rounded_and_rest(builder: Any, numbers: Any) -> tuple[Any, Any]:
+    """Words whose upper halves are a line's two pieces."""
+    half, infinity = _words([HALF] * LINE), _words([INFINITE] * LINE)
     bits = builder.bitcast(numbers, _WORDS)
     size = builder.and_(bits, _words([SIZE] * LINE))
     roundable = builder.icmp_signed("<", size, _words([INFINITE - HALF] * LINE))
@@ -227,13 +229,36 @@ def _split(builder: Any, upper: Any, lower: Any, x: Any) -> None:
     infinite = builder.icmp_signed("==", size, infinity)
     rest = builder.fsub(numbers, builder.bitcast(kept, _FLOATS))
     rest = builder.select(infinite, ir.Constant(_FLOATS, [0.0] * LINE), rest)
-    _store(builder, builder.trunc(builder.lshr(kept, shift), _HALVES), upper)
-    rounded = builder.add(builder.bitcast(rest, _WORDS), half)
-    _store(builder, builder.trunc(builder.lshr(rounded, shift), _HALVES), lower)
+    return kept, builder.add(builder.bitcast(rest, _WORDS), half)
+
+
+def _split(builder: Any, upper: Any, lower: Any, x: Any) -> None:
+    shift = _words([16] * LINE)
+    for piece, address in zip(_rounded_and_rest(builder, _load(builder, x, _FLOATS)), (upper, lower), strict=True):
+        _store(builder, builder.trunc(builder.lshr(piece, shift), _HALVES), address)
+
+
+def _store_upper_halves(builder: Any, words: tuple[Any, Any], address: Any) -> None:
+    """Of two lines of words, in one instruction."""
+    halves, places = ir.VectorType(ir.IntType(16), 2 * LINE), ir.VectorType(ir.IntType(32), 2 * LINE)
+    odd = ir.Constant(places, list(range(1, 4 * LINE, 2)))
+    piece = builder.shuffle_vector(*(builder.bitcast(word, halves) for word in words), odd)
+    builder.store(piece, builder.inttoptr(address, halves.as_pointer()), align=2)
+
+
+def _two_lines(builder: Any, x: Any) -> tuple[Any, Any]:
+    return x, builder.add(x, ir.Constant(ir.IntType(64), 4 * LINE))
+
+
+def _split_two(builder: Any, upper: Any, lower: Any, x: Any) -> None:
+    lines = [_rounded_and_rest(builder, _load(builder, address, _FLOATS)) for address in _two_lines(builder, x)]
+    for words, address in zip(zip(*lines, strict=True), (upper, lower), strict=True):
+        _store_upper_halves(builder, words, address)
 
 
 _copied, _added, _maximum, _exponential = _intrinsic(_copy), _intrinsic(_add), _intrinsic(_max), _intrinsic(_exp)
 _mixed, _paired, _parted = _intrinsic(_mix), _intrinsic(_pair), _intrinsic(_split)
+_parted_twice = _intrinsic(_split_two)
 
 
 @overload(copy_line, inline="always")
@@ -278,6 +303,13 @@ def _mix_line(target, t, source, s, bit):
 def _pair_line(target, t, even, e, odd, o):
     return lambda target, t, even, e, odd, o: _paired(
         target.ctypes.data + 4 * t, even.ctypes.data + 2 * e, odd.ctypes.data + 2 * o
+    )
+
+
+@overload(split_lines, inline="always")
+def _split_lines(pieces, u, w, x, i):
+    return lambda pieces, u, w, x, i: _parted_twice(
+        pieces.ctypes.data + 2 * u, pieces.ctypes.data + 2 * w, x.ctypes.data + 4 * i
     )
 
 

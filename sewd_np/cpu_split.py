@@ -27,7 +27,7 @@ from sewd_np.cpu_amx import (
     release,
 )
 from sewd_np.cpu_gemm import kernel, product
-from sewd_np.cpu_lines import LINE, split_line
+from sewd_np.cpu_lines import split_lines
 
 
 @kernel
@@ -65,8 +65,7 @@ def split_rows(a, a_start, a_stride, m, k, room):
         # Rows beyond the last are there only as far as the last window reaches into them.
         for r in range(m + (steps - 1 - step) // turn):
             x, at = a_start + r * a_stride + step * DEPTH, r * DEPTH
-            split_line(room, upper + at, room, lower + at, a, x)
-            split_line(room, upper + at + LINE, room, lower + at + LINE, a, x + LINE)
+            split_lines(room, upper + at, lower + at, a, x)
 
 
 @kernel

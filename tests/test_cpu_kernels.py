@@ -13,7 +13,8 @@ import pytest
 from sewd_np import cpu_conv, cpu_kernels, cpu_math, layers
 from sewd_np.config import ACTIVATIONS
 from sewd_np.cpu_gemm import COLUMNS, ROWS, pack
-from sewd_np.cpu_kernels import ROW_BLOCK, Kernels
+from sewd_np.cpu_kernels import Kernels
+from sewd_np.cpu_rows import ROW_BLOCK
 from sewd_np.params import Conv, Linear, Norm
 from sewd_np.trace import error_between
 from tests import cpu_forms, naive

@@ -19,6 +19,7 @@ from sewd_np.cpu_lines import (
     mix_line,
     pair_line,
     split_line,
+    split_lines,
 )
 from tests import cpu_forms
 from tests.cpu_forms import normal
@@ -47,6 +48,7 @@ MIX = both(lambda target, t, source, s, bit: mix_line(target, t, source, s, bit)
 PAIR = both(lambda target, t, even, e, odd, o: pair_line(target, t, even, e, odd, o))
 EXP = both(lambda x, i, largest, a, sums, t: exp_line(x, i, largest, a, sums, t))
 EXP_PIECES = both(lambda pieces, u, w, x, i, largest, a, sums, t: exp_pieces(pieces, u, w, x, i, largest, a, sums, t))
+SPLIT_TWO = both(lambda pieces, u, w, x, i: split_lines(pieces, u, w, x, i))
 SPLIT = both(lambda upper, u, lower, w, x, i: split_line(upper, u, lower, w, x, i))
 
 
@@ -169,6 +171,22 @@ def test_pieces_of_what_is_no_number() -> None:
     words = 0x7F80_0000 + payloads
     upper, lower = pieces_of(from_bits(np.concatenate([words, words | 0x8000_0000])))
     assert (np.isnan(upper) | np.isnan(lower)).all()
+
+
+def test_two_lines_in_pieces_are_each_line_in_pieces(rng: np.random.Generator) -> None:
+    for special in (False, True):
+        for u, w, i in ((0, 2 * LINE, 0), (3, 50, 7), (64, 1, LINE)):
+            x = some(rng, special)
+            want, got, written = np.full((3, 7 * LINE), 77, np.uint16)
+            for line in (0, LINE):
+                SPLIT[0](want, u + line, want, w + line, x, i + line)
+            SPLIT_TWO[0](got, u, w, x, i)
+            np.testing.assert_array_equal(got, want)
+            with np.errstate(invalid="ignore"):
+                SPLIT_TWO[1](written, u, w, x, i)
+            finite = np.isfinite(np.concatenate([x[i : i + 2 * LINE]]))
+            for at in (u, w):
+                np.testing.assert_array_equal(written[at:][: 2 * LINE][finite], want[at:][: 2 * LINE][finite])
 
 
 # ---------------------------------------------------------------------- exponentials

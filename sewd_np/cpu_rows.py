@@ -1,0 +1,187 @@
+"""Dense layers on the CPU, rows by rows: products with what follows them, while their results are in the cache.
+
+Every kernel here takes arrays flat and does a worker's share of the rows, in blocks: a linear layer and its activation;
+one with residual and norm; a feed-forward block. Its wide middle, four times the width of the model, is never written
+to memory. On the matrix unit it never exists as a whole: INNER columns of it are computed, activated and split into
+pieces, block by block, and multiplied with their rows of the second matrix at once (``feed_forward_split_rows``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sewd_np.cpu_amx import BLOCK, DEPTH, LINE_BYTES, PANEL_STEP, SIDE, configure, release
+from sewd_np.cpu_gemm import FEW_ROWS, kernel
+from sewd_np.cpu_lines import split_lines
+from sewd_np.cpu_math import activate, normalize_row, vector_kernel, whole_registers
+from sewd_np.cpu_split import (
+    first_of,
+    multiply,
+    one_block,
+    product_of_lines,
+    room_for,
+    split_rows,
+    tile_shapes,
+)
+
+ROW_BLOCK = 128  # rows of a product between two visits of an activation: small enough to be still in the cache
+# The same on the matrix unit, which is so fast that the weights, streamed once for each block, come too late for fewer.
+SPLIT_ROW_BLOCK = 256
+INNER = 192  # columns of a feed-forward block's middle that are computed, and used up, at a time
+
+
+@kernel
+def layer_norm_v1(x_rc, weight, bias, eps, out_rc):
+    """Rung 1 of ``normalize_rows``: mean, variance, result, one number at a time."""
+    rows, size = x_rc.shape
+    for r in range(rows):
+        mean = 0.0
+        for c in range(size):
+            mean += x_rc[r, c]
+        mean /= size
+        variance = 0.0
+        for c in range(size):
+            variance += (x_rc[r, c] - mean) ** 2
+        variance /= size
+        for c in range(size):
+            out_rc[r, c] = (x_rc[r, c] - mean) / np.sqrt(variance + eps) * weight[c] + bias[c]
+
+
+@kernel
+def tile_height(panels):
+    """Rows of the tiles in which a product with these panels is computed: all of them, and few."""
+    return (BLOCK, SIDE) if panels.itemsize == 2 else (FEW_ROWS, FEW_ROWS)
+
+
+@kernel
+def share(rows, panels, worker, workers):
+    """First row of a worker's share: whole low tiles, so that only the last worker has rows left over."""
+    few = tile_height(panels)[1]
+    return rows if worker == workers else rows * worker // workers // few * few
+
+
+@kernel
+def row_block(rows, panels):
+    """Rows at a time: at most ROW_BLOCK, or SPLIT_ROW_BLOCK, evenly, in whole tiles."""
+    tile, most = tile_height(panels)[0], SPLIT_ROW_BLOCK if panels.itemsize == 2 else ROW_BLOCK
+    blocks = max((rows + most - 1) // most, 1)
+    return max(((rows + blocks - 1) // blocks + tile - 1) // tile * tile, tile)
+
+
+@vector_kernel
+def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
+    """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
+    whole_registers()
+    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
+    block = row_block(last - first, panels)
+    room = room_for(panels, block * depth, depth)
+    for start in range(first, last, block):
+        count = min(block, last - start)
+        multiply(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs, room)
+        activate(out[start * outputs : (start + count) * outputs], code)
+
+
+@vector_kernel
+def add_and_normalize(row, residual, weight, shift, eps):
+    """row ← layer norm of row + residual."""
+    whole_registers()
+    for c in range(len(row)):
+        row[c] += residual[c]
+    normalize_row(row, weight, shift, eps, row)
+
+
+@vector_kernel
+def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
+    """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
+    whole_registers()
+    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
+    block = row_block(last - first, panels)
+    room = room_for(panels, block * depth, depth)
+    for start in range(first, last, block):
+        stop = min(start + block, last)
+        multiply(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size, room)
+        for row in range(start, stop):
+            add_and_normalize(
+                out[row * size : (row + 1) * size], residual[row * size : (row + 1) * size], weight, shift, eps
+            )
+
+
+@vector_kernel
+def feed_forward_rows(
+    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, scratch, worker, workers
+):
+    """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
+    whole_registers()
+    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
+    block = row_block(last - first, panels)
+    room, room_2 = room_for(panels, block * size, size), room_for(panels_2, block * inner, inner)
+    middle = scratch[worker]
+    for start in range(first, last, block):
+        stop = min(start + block, last)
+        count = stop - start
+        multiply(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner, room)
+        activate(middle[: count * inner], code)
+        multiply(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size, room_2)
+        for row in range(start, stop):
+            add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
+
+
+@vector_kernel
+def raise_columns(room, lines, count, steps, panels, first, width, bias, code, edge, middle):
+    """middle ← activation(x · B + bias) in pieces: columns ``first`` to ``first`` + ``width`` of what x is raised to.
+
+    x (count, steps · DEPTH) lies in ``room``, ``lines`` lines a step, the result in ``middle`` likewise. A block of it
+    is activated and split in ``edge`` (BLOCK · BLOCK,), in the nearest cache.
+    """
+    whole_registers()
+    x, to = room.ctypes.data + 2 * first_of(room), first_of(middle)
+    settings = tile_shapes()
+    configure(settings.ctypes.data)
+    for j in range(0, width, BLOCK):
+        panel = panels.ctypes.data + 2 * ((first + j) // BLOCK * steps * PANEL_STEP)
+        start = bias.ctypes.data + 4 * (first + j)
+        for i in range(0, count, BLOCK):
+            rows = min(BLOCK, count - i)
+            at = x + i * LINE_BYTES
+            one_block(rows, i == 0, at, lines * LINE_BYTES, steps, steps, panel, start, 0, edge.ctypes.data, 4 * BLOCK)
+            activate(edge[: rows * BLOCK], code)
+            upper = to + (2 * (j // DEPTH) * lines + i) * DEPTH
+            lower = upper + lines * DEPTH
+            for line in range(0, rows * DEPTH, DEPTH):
+                split_lines(middle, upper + line, lower + line, edge, line)
+    release()
+    settings[0] = 0  # as in ``product_of_lines``
+
+
+@vector_kernel
+def feed_forward_split_rows(
+    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, worker, workers
+):
+    """``feed_forward_rows`` with both products on the matrix unit, INNER columns of the middle at a time."""
+    whole_registers()
+    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
+    block = row_block(last - first, panels)
+    room, middle = room_for(panels, block * size, size), room_for(panels, block * INNER, INNER)
+    edge = np.empty(BLOCK * BLOCK, np.float32)
+    panel = inner // DEPTH * PANEL_STEP
+    for start in range(first, last, block):
+        count = min(block, last - start)
+        split_rows(x, start * size, size, count, size, room)
+        for column in range(0, inner, INNER):
+            width = min(INNER, inner - column)
+            raise_columns(room, count, count, size // DEPTH, panels, column, width, bias, code, edge, middle)
+            at, steps = column // DEPTH * PANEL_STEP, width // DEPTH
+            to, add = start * size, column > 0
+            product_of_lines(
+                middle, count, 0, steps, count, steps, panels_2, at, panel, size, bias_2, add, out, to, size
+            )
+        for row in range(start, start + count):
+            add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
+
+
+@vector_kernel
+def normalize_rows(x, rows, size, weight, bias, eps, out, worker, workers):
+    """Layer norm row by row, flat; a worker's share of the rows."""
+    whole_registers()
+    for row in range(rows * worker // workers, rows * (worker + 1) // workers):
+        normalize_row(x[row * size : (row + 1) * size], weight, bias, eps, out[row * size : (row + 1) * size])
