@@ -211,11 +211,8 @@ def weigh(block, scores, row, live, valid, size, panels, values, zeros, context,
 
 @vector_kernel
 def weigh_split(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room):
-    """``weigh`` on the matrix unit, KEYS keys at a time: the exponentials become pieces while they are near.
-
-    ``room`` takes the pieces, and the rows' maxima first.
-    """
-    rows, whole = (live + SIDE - 1) // SIDE * SIDE, (valid + BLOCK - 1) // BLOCK * BLOCK
+    """``weigh`` on the matrix unit: BLOCK rows and KEYS keys at a time become exponentials and, in ``room``, pieces."""
+    whole = (valid + BLOCK - 1) // BLOCK * BLOCK
     largest = np.empty(live, np.float32)
     for i in range(live):
         row_max(block, scores + i * row, whole, runs)
@@ -223,16 +220,16 @@ def weigh_split(block, scores, row, live, valid, size, panels, values, zeros, co
     first = (-room.ctypes.data % 64) // 2
     for key in range(0, whole, KEYS):
         steps = min(KEYS, whole - key) // DEPTH
-        for i in range(live):
-            for step in range(steps):
-                upper = first + (2 * step * rows + i) * DEPTH
-                lower = upper + rows * DEPTH
-                j = scores + i * row + key + step * DEPTH
-                exp_pieces(room, upper, lower, block, j, largest, i, block, sums + i * LINE)
         at, panel = values + key // DEPTH * PANEL_STEP, whole // DEPTH * PANEL_STEP
-        product_of_lines(
-            room, rows, 0, steps, rows, steps, panels, at, panel, size, zeros, key > 0, block, context, size
-        )
+        for top in range(0, live, BLOCK):
+            rows = min(BLOCK, (live - top + SIDE - 1) // SIDE * SIDE)
+            for i in range(top, min(top + BLOCK, live)):
+                for step in range(steps):
+                    upper = first + (2 * step * rows + i - top) * DEPTH
+                    lower, j = upper + rows * DEPTH, scores + i * row + key + step * DEPTH
+                    exp_pieces(room, upper, lower, block, j, largest, i, block, sums + i * LINE)
+            to, add = context + top * size, key > 0
+            product_of_lines(room, rows, 0, steps, rows, steps, panels, at, panel, size, zeros, add, block, to, size)
 
 
 def weigh_values(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room):
@@ -321,7 +318,7 @@ def attend(
     blocks = (frames + QUERIES - 1) // QUERIES
     items = shape.batch * heads * blocks
     block, runs = scratch[worker], np.empty(RUNS, np.float32)
-    room, weights = room_for(keys, QUERIES * size, size), room_for(keys, QUERIES * KEYS, KEYS)
+    room, weights = room_for(keys, QUERIES * size, size), room_for(keys, BLOCK * KEYS, KEYS)
     for item in range(items * worker // workers, items * (worker + 1) // workers):
         pair, first = item // blocks, item % blocks * QUERIES
         b, h, at = pair // heads, pair % heads, pair * shape.pair

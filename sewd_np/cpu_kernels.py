@@ -35,6 +35,7 @@ from sewd_np.cpu_conv import (
     TILE_FRAMES,
     Encoder,
     Positional,
+    encode_split_tiles,
     encode_tiles,
     fold_group_norm,
     pack_encoder,
@@ -145,31 +146,35 @@ class Kernels:
             steps.append((steps[-1] - int(taps)) // int(stride) + 1)
         frames, width = steps[-1], int(plan[-1, 3])
         out = fresh(len(wave_bn), frames, width)
-        tiles = -(-frames // TILE_FRAMES)
-        tiles = min(-(-tiles // self.threads) * self.threads, frames)
+        batch, tiles = len(wave_bn), -(-frames // TILE_FRAMES)
+        if batch < self.threads:
+            tiles = min(-(-tiles // self.threads) * self.threads, frames)
         size = scratch_size(plan, -(-frames // tiles))
-        first_outputs = int(plan[0, 3])
-        bias = conv_layers.vectors[:first_outputs]
-        for b, wave in enumerate(wave_bn):
-            panels = conv_layers.first_panels
-            if norm == "group":
-                count = steps[1] if lengths_b is None else int(lengths_b[b])
-                panels, bias = fold_group_norm(wave, conv_layers.first, strides[0], count, eps)
-            with self.pool.take(self.threads * 2 * size) as scratch:
-                self.team.run(
-                    encode_tiles,
-                    wave,
-                    plan,
-                    conv_layers.panels,
-                    conv_layers.vectors,
-                    panels,
-                    bias,
-                    ACTIVATION_CODES[activation],
-                    eps,
-                    out[b].reshape(-1),
-                    tiles,
-                    scratch.reshape(self.threads, 2, size),
-                )
+        if norm == "group":
+            counts = [steps[1]] * batch if lengths_b is None else list(map(int, lengths_b))
+            folded = [
+                fold_group_norm(*each, conv_layers.first, strides[0], eps) for each in zip(wave_bn, counts, strict=True)
+            ]
+            first_panels, first_bias = map(np.stack, zip(*folded, strict=True))
+        else:
+            first_panels = np.stack([conv_layers.first_panels] * batch)
+            first_bias = np.stack([conv_layers.vectors[: int(plan[0, 3])]] * batch)
+        in_pieces = conv_layers.panels.dtype == np.uint16 and norm == "group"
+        with self.pool.take(self.threads * 2 * size) as scratch:
+            self.team.run(
+                encode_split_tiles if in_pieces else encode_tiles,
+                wave_bn,
+                plan,
+                conv_layers.panels,
+                conv_layers.vectors,
+                first_panels,
+                first_bias,
+                ACTIVATION_CODES[activation],
+                eps,
+                out.reshape(batch, -1),
+                tiles,
+                scratch.reshape(self.threads, 2, size),
+            )
         return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:

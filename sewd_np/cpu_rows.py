@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from sewd_np.cpu_amx import BLOCK, DEPTH, LINE_BYTES, PANEL_STEP, SIDE, configure, release
+from sewd_np.cpu_amx import BLOCK, DEPTH, PANEL_STEP, SIDE
 from sewd_np.cpu_gemm import FEW_ROWS, kernel
-from sewd_np.cpu_lines import split_lines
 from sewd_np.cpu_math import activate, normalize_row, vector_kernel, whole_registers
 from sewd_np.cpu_split import (
-    first_of,
     multiply,
-    one_block,
+    next_lines,
     product_of_lines,
     room_for,
     split_rows,
-    tile_shapes,
 )
 
 ROW_BLOCK = 128  # rows of a product between two visits of an activation: small enough to be still in the cache
@@ -127,33 +124,6 @@ def feed_forward_rows(
 
 
 @vector_kernel
-def raise_columns(room, lines, count, steps, panels, first, width, bias, code, edge, middle):
-    """middle ← activation(x · B + bias) in pieces: columns ``first`` to ``first`` + ``width`` of what x is raised to.
-
-    x (count, steps · DEPTH) lies in ``room``, ``lines`` lines a step, the result in ``middle`` likewise. A block of it
-    is activated and split in ``edge`` (BLOCK · BLOCK,), in the nearest cache.
-    """
-    whole_registers()
-    x, to = room.ctypes.data + 2 * first_of(room), first_of(middle)
-    settings = tile_shapes()
-    configure(settings.ctypes.data)
-    for j in range(0, width, BLOCK):
-        panel = panels.ctypes.data + 2 * ((first + j) // BLOCK * steps * PANEL_STEP)
-        start = bias.ctypes.data + 4 * (first + j)
-        for i in range(0, count, BLOCK):
-            rows = min(BLOCK, count - i)
-            at = x + i * LINE_BYTES
-            one_block(rows, i == 0, at, lines * LINE_BYTES, steps, steps, panel, start, 0, edge.ctypes.data, 4 * BLOCK)
-            activate(edge[: rows * BLOCK], code)
-            upper = to + (2 * (j // DEPTH) * lines + i) * DEPTH
-            lower = upper + lines * DEPTH
-            for line in range(0, rows * DEPTH, DEPTH):
-                split_lines(middle, upper + line, lower + line, edge, line)
-    release()
-    settings[0] = 0  # as in ``product_of_lines``
-
-
-@vector_kernel
 def feed_forward_split_rows(
     x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, worker, workers
 ):
@@ -162,14 +132,15 @@ def feed_forward_split_rows(
     first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
     block = row_block(last - first, panels)
     room, middle = room_for(panels, block * size, size), room_for(panels, block * INNER, INNER)
-    edge = np.empty(BLOCK * BLOCK, np.float32)
     panel = inner // DEPTH * PANEL_STEP
     for start in range(first, last, block):
         count = min(block, last - start)
         split_rows(x, start * size, size, count, size, room)
         for column in range(0, inner, INNER):
             width = min(INNER, inner - column)
-            raise_columns(room, count, count, size // DEPTH, panels, column, width, bias, code, edge, middle)
+            depth, start_of = size // DEPTH, column // BLOCK * (size // DEPTH) * PANEL_STEP
+            here = bias[column : column + width]
+            next_lines(room, count, count, depth, depth, panels, start_of, width, here, code, middle, 1)
             at, steps = column // DEPTH * PANEL_STEP, width // DEPTH
             to, add = start * size, column > 0
             product_of_lines(

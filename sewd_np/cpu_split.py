@@ -27,7 +27,10 @@ from sewd_np.cpu_amx import (
     release,
 )
 from sewd_np.cpu_gemm import kernel, product
-from sewd_np.cpu_lines import split_lines
+from sewd_np.cpu_lines import LINE, split_lines
+from sewd_np.cpu_math import activate, vector_kernel, whole_registers
+
+NEXT_ROWS = 128  # rows of 32 numbers, half of the nearest cache, from one product to the next
 
 
 @kernel
@@ -46,6 +49,14 @@ def room_for(b, numbers, stride):
 def first_of(room):
     """The first number of ``room`` at a multiple of 64 bytes."""
     return (-room.ctypes.data % 64) // 2
+
+
+@kernel
+def aligned_floats(count):
+    """``count`` numbers, uninitialised, from a multiple of 64 bytes: tiles load and store faster there."""
+    memory = np.empty(count + LINE, np.float32)
+    first = (-memory.ctypes.data % 64) // 4
+    return memory[first : first + count]
 
 
 @kernel
@@ -99,8 +110,7 @@ def product_of_lines(room, lines, row, turn, m, steps, b, b_start, panel, n, bia
     lies in ``room`` and thrown away.
     """
     pieces = room.ctypes.data + 2 * first_of(room) + row * LINE_BYTES
-    edge = np.empty(BLOCK * BLOCK, np.float32)
-    edge_bias = np.zeros(BLOCK, np.float32)
+    edge, edge_bias = aligned_floats(BLOCK * BLOCK), aligned_floats(BLOCK)
     settings = tile_shapes()
     configure(settings.ctypes.data)
     for j in range(0, n, BLOCK):
@@ -166,6 +176,53 @@ def _multiply(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_str
             product(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride)
 
     return chosen
+
+
+# ------------------------------------------------- from one product to the next without leaving the pieces
+
+
+@kernel
+def put_lines(numbers, width, column, rows, room, lines, fold, parts, row, part):
+    """Some of the next A as pieces in ``room``: ``rows`` rows of DEPTH numbers, ``width`` apart, from ``column`` on.
+
+    They belong to rows ``row`` and on of a matrix of ``parts`` · DEPTH columns, and are the ``part``-th in them;
+    ``fold`` of those rows side by side are a row of A, which has ``lines`` lines a step.
+    """
+    first = first_of(room)
+    for side in range(fold):
+        r = (side - row) % fold  # the first row that comes to lie on this side
+        upper = first + (2 * (side * parts + part) * lines + (row + r) // fold) * DEPTH
+        for at in range(r * width + column, rows * width, fold * width):
+            split_lines(room, upper, upper + lines * DEPTH, numbers, at)
+            upper += DEPTH
+
+
+@vector_kernel
+def next_lines(room, lines, count, turn, steps, panels, start, width, bias, code, to, fold):
+    """activation(A · B + bias) (count, width) → ``to``, as ``split_rows`` would put it there for rows ``fold`` · width.
+
+    A is in ``room``, ``lines`` lines a step and a ``turn`` as ``block`` says; B begins at ``start``; width is a
+    multiple of BLOCK. NEXT_ROWS rows of a panel's columns are activated and split while they are in the nearest cache.
+    """
+    whole_registers()
+    a, lines_out, parts = room.ctypes.data + 2 * first_of(room), -(-count // fold), width // DEPTH
+    plane = lines * LINE_BYTES
+    some, biases = aligned_floats(NEXT_ROWS * BLOCK), aligned_floats(BLOCK)
+    settings = tile_shapes()
+    configure(settings.ctypes.data)
+    for j in range(0, width, BLOCK):
+        panel = panels.ctypes.data + 2 * (start + j // BLOCK * steps * PANEL_STEP)
+        biases[:] = bias[j : j + BLOCK]
+        for i in range(0, count, NEXT_ROWS):
+            rows = min(NEXT_ROWS, count - i)
+            for r in range(0, rows, BLOCK):
+                at, target = a + (i + r) * LINE_BYTES, some.ctypes.data + 4 * r * BLOCK
+                first, start_row = i + r == 0, biases.ctypes.data
+                one_block(rows - r, first, at, plane, turn, steps, panel, start_row, 0, target, 4 * BLOCK)
+            activate(some[: rows * BLOCK], code)
+            put_lines(some, BLOCK, 0, rows, to, lines_out, fold, parts, i, j // DEPTH)
+    release()
+    settings[0] = 0  # as in ``product_of_lines``
 
 
 # ------------------------------------------------- the same, with A laid out once for several products
