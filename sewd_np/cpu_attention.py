@@ -30,6 +30,7 @@ from sewd_np.cpu_lines import LINE, exp_line, exp_pieces, max_line, pair_line
 from sewd_np.cpu_math import vector_kernel
 from sewd_np.cpu_positions import Distances, add_by_bucket, add_by_key
 from sewd_np.cpu_split import lay_out, multiply_laid, product_of_lines, room_for
+from sewd_np.cpu_team import claim
 
 Array = np.ndarray
 QUERIES = 96  # query frames of a block: their scores for a minute of sound fill 600 kB, inside a core's cache
@@ -305,13 +306,14 @@ def attend(
     out,
     shared,
     scratch,
+    counter,
     worker,
     workers,
 ):
-    """Second half: blocks of QUERIES query frames of each head → out flat (b, t, d); a worker's share of the blocks.
+    """Second half: blocks of QUERIES query frames of each head → out flat (b, t, d); a worker takes one by one.
 
-    keys and queries: ``Positions``. ``scratch`` (workers, shape.block) holds a block: scaled queries, scores, C, a part
-    of P and the context.
+    keys and queries: ``Positions``; ``counter``: 0, for ``claim``. ``scratch`` (workers, shape.block) holds a block:
+    scaled queries, scores, C, a part of P, the context and the sums.
     """
     frames, heads, size, columns, row = shape.frames, shape.heads, shape.size, shape.columns, shape.row
     d = heads * size
@@ -319,7 +321,10 @@ def attend(
     items = shape.batch * heads * blocks
     block, runs = scratch[worker], np.empty(RUNS, np.float32)
     room, weights = room_for(keys, QUERIES * size, size), room_for(keys, BLOCK * KEYS, KEYS)
-    for item in range(items * worker // workers, items * (worker + 1) // workers):
+    for _ in range(items):
+        item = claim(counter)
+        if item >= items:
+            break
         pair, first = item // blocks, item % blocks * QUERIES
         b, h, at = pair // heads, pair % heads, pair * shape.pair
         valid = lengths[b]

@@ -27,6 +27,7 @@ from sewd_np.cpu_gemm import aligned, kernel, pack, product
 from sewd_np.cpu_lines import LINE
 from sewd_np.cpu_math import activate, normalize_row, vector_kernel, whole_registers
 from sewd_np.cpu_split import aligned_floats, multiply, next_lines, product_of_lines, put_lines, room_for
+from sewd_np.cpu_team import claim
 from sewd_np.params import Conv
 
 Array = np.ndarray
@@ -138,19 +139,22 @@ def layer_bounds(plan, frames, tile, tiles, begins, ends):
 
 @vector_kernel
 def encode_tiles(
-    waves, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, worker, workers
+    waves, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, counter, worker, workers
 ):
-    """Recordings through all layers: waves (b, n) → out (b, s · c), each in ``tiles`` tiles of time; a worker's share.
+    """Recordings through all layers: waves (b, n) → out (b, s · c), each in ``tiles`` tiles of time.
 
-    ``first_panels`` (b, ...) and ``first_bias`` (b, c) stand in for layer 0's own. ``scratch`` (workers, 2, size) holds
-    what passes between layers.
+    Each worker takes one tile after another; ``counter`` is 0, for ``claim``. ``first_panels`` (b, ...) and
+    ``first_bias`` (b, c) stand in for layer 0's own. ``scratch`` (workers, 2, size) holds what passes between layers.
     """
     whole_registers()
     layers, last = len(plan), len(plan) - 1
     room = room_for(panels, scratch.shape[2], np.max(plan[:, STRIDE] * plan[:, INPUTS]))
     frames, items = out.shape[1] // plan[last, OUTPUTS], len(waves) * tiles
     begins, ends = np.empty(layers, np.int64), np.empty(layers, np.int64)
-    for item in range(items * worker // workers, items * (worker + 1) // workers):
+    for _ in range(items):
+        item = claim(counter)
+        if item >= items:
+            break
         b = item // tiles
         layer_bounds(plan, frames, item % tiles, tiles, begins, ends)
         source = waves[b, begins[0] * plan[0, STRIDE] :]
@@ -193,14 +197,17 @@ def first_lines(wave, stride, taps, count, panels, outputs, bias, code, to, fold
 
 @vector_kernel
 def encode_split_tiles(
-    waves, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, worker, workers
+    waves, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, counter, worker, workers
 ):
     """``encode_tiles`` on the matrix unit, without norms inside: pieces pass from layer to layer."""
     whole_registers()
     layers, last = len(plan), len(plan) - 1
     frames, items = out.shape[1] // plan[last, OUTPUTS], len(waves) * tiles
     begins, ends = np.empty(layers, np.int64), np.empty(layers, np.int64)
-    for item in range(items * worker // workers, items * (worker + 1) // workers):
+    for _ in range(items):
+        item = claim(counter)
+        if item >= items:
+            break
         b = item // tiles
         layer_bounds(plan, frames, item % tiles, tiles, begins, ends)
         wave = waves[b, begins[0] * plan[0, STRIDE] :]

@@ -29,7 +29,7 @@ import numpy as np
 
 from sewd_np import attention, layers
 from sewd_np.config import SEWDConfig
-from sewd_np.cpu_amx import DEPTH, available, pack_split
+from sewd_np.cpu_amx import DEPTH, SIDE, available, pack_split
 from sewd_np.cpu_attention import attend, gather_keys, shape_of
 from sewd_np.cpu_conv import (
     TILE_FRAMES,
@@ -47,7 +47,7 @@ from sewd_np.cpu_gemm import aligned, pack
 from sewd_np.cpu_math import ACTIVATION_CODES
 from sewd_np.cpu_positions import Distances, Positions, distances, index_by_pair, pack_positions
 from sewd_np.cpu_rows import (
-    SPLIT_ROW_BLOCK,
+    ROW_BLOCK,
     feed_forward_rows,
     feed_forward_split_rows,
     linear_norm_rows,
@@ -68,6 +68,11 @@ def own(x: Array) -> Array:
 def fresh(*shape: int) -> Array:
     """A new array, uninitialised. It begins at a multiple of 64: the matrix unit stores its tiles faster there."""
     return aligned(math.prod(shape), np.float32).reshape(shape)
+
+
+def start_of_count() -> Array:
+    """0, to be counted up by ``cpu_team.claim``."""
+    return np.zeros(1, np.int64)
 
 
 class Kernels:
@@ -174,6 +179,7 @@ class Kernels:
                 out.reshape(batch, -1),
                 tiles,
                 scratch.reshape(self.threads, 2, size),
+                start_of_count(),
             )
         return out
 
@@ -205,6 +211,7 @@ class Kernels:
             norm.bias,
             eps,
             out.reshape(-1),
+            start_of_count(),
         )
         return out
 
@@ -235,10 +242,11 @@ class Kernels:
             out.reshape(-1),
         )
         if intermediate.weight.dtype == output.weight.dtype == np.uint16:
-            self.team.run(feed_forward_split_rows, *weights)
+            self.team.run(feed_forward_split_rows, *weights, start_of_count())
             return out
-        with self.pool.take(self.threads * SPLIT_ROW_BLOCK * inner) as scratch:
-            self.team.run(feed_forward_rows, *weights, scratch.reshape(self.threads, SPLIT_ROW_BLOCK * inner))
+        size = (ROW_BLOCK + SIDE) * inner
+        with self.pool.take(self.threads * size) as scratch:
+            self.team.run(feed_forward_rows, *weights, scratch.reshape(self.threads, size), start_of_count())
         return out
 
     def linear(self, x: Array, weight: Array, bias: Array, activation: str = "linear") -> Array:
@@ -255,6 +263,7 @@ class Kernels:
             own(bias),
             ACTIVATION_CODES[activation],
             out.reshape(-1),
+            start_of_count(),
         )
         return out
 
@@ -319,6 +328,7 @@ class Kernels:
                 out.reshape(-1),
                 shared,
                 blocks,
+                start_of_count(),
             )
         return out
 

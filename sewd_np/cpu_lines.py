@@ -8,7 +8,7 @@ load or two, the operation, and a store.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -238,7 +238,7 @@ def _split(builder: Any, upper: Any, lower: Any, x: Any) -> None:
         _store(builder, builder.trunc(builder.lshr(piece, shift), _HALVES), address)
 
 
-def _store_upper_halves(builder: Any, words: tuple[Any, Any], address: Any) -> None:
+def _store_upper_halves(builder: Any, words: Iterable[Any], address: Any) -> None:
     """Of two lines of words, in one instruction."""
     halves, places = ir.VectorType(ir.IntType(16), 2 * LINE), ir.VectorType(ir.IntType(32), 2 * LINE)
     odd = ir.Constant(places, list(range(1, 4 * LINE, 2)))
@@ -285,7 +285,7 @@ def _exp_line(x, i, largest, a, sums, t):
 
 @overload(exp_pieces, inline="always")
 def _compiled_exp_pieces(pieces, u, w, x, i, largest, a, sums, t):
-    return lambda pieces, u, w, x, i, largest, a, sums, t: _exponential_pieces(
+    return lambda pieces, u, w, x, i, largest, a, sums, t: _exponential_pieces(  # type: ignore[call-arg]
         pieces.ctypes.data + 2 * u,
         pieces.ctypes.data + 2 * w,
         x.ctypes.data + 4 * i,

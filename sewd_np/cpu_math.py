@@ -81,7 +81,7 @@ def _whole_registers(typing_context):
 
 @overload(whole_registers, inline="always")
 def _compiled_whole_registers():
-    return lambda: _whole_registers()
+    return lambda: _whole_registers()  # type: ignore[call-arg]
 
 
 @vector_kernel

@@ -1,6 +1,7 @@
 """Dense layers on the CPU, rows by rows: products with what follows them, while their results are in the cache.
 
-Every kernel here takes arrays flat and does a worker's share of the rows, in blocks: a linear layer and its activation;
+Every kernel here takes arrays flat and does blocks of rows, each worker one after another (``counter`` is 0, for
+``cpu_team.claim``): a linear layer and its activation;
 one with residual and norm; a feed-forward block. Its wide middle, four times the width of the model, is never written
 to memory. On the matrix unit it never exists as a whole: INNER columns of it are computed, activated and split into
 pieces, block by block, and multiplied with their rows of the second matrix at once (``feed_forward_split_rows``).
@@ -20,11 +21,12 @@ from sewd_np.cpu_split import (
     room_for,
     split_rows,
 )
+from sewd_np.cpu_team import claim
 
-ROW_BLOCK = 128  # rows of a product between two visits of an activation: small enough to be still in the cache
-# The same on the matrix unit, which is so fast that the weights, streamed once for each block, come too late for fewer.
-SPLIT_ROW_BLOCK = 256
-INNER = 192  # columns of a feed-forward block's middle that are computed, and used up, at a time
+# Rows of a block, at most: many, since each block streams all weights once, few enough that what follows a product
+# finds its results still in the cache and that each thread gets some blocks.
+ROW_BLOCK = 128
+INNER = 384  # columns of a feed-forward block's middle that are computed, and used up, at a time
 
 
 @kernel
@@ -45,35 +47,42 @@ def layer_norm_v1(x_rc, weight, bias, eps, out_rc):
 
 
 @kernel
-def tile_height(panels):
-    """Rows of the tiles in which a product with these panels is computed: all of them, and few."""
-    return (BLOCK, SIDE) if panels.itemsize == 2 else (FEW_ROWS, FEW_ROWS)
+def low_tile_rows(panels):
+    """Rows of the lowest tile in which a product with these panels is computed."""
+    return SIDE if panels.itemsize == 2 else FEW_ROWS
 
 
 @kernel
-def share(rows, panels, worker, workers):
-    """First row of a worker's share: whole low tiles, so that only the last worker has rows left over."""
-    few = tile_height(panels)[1]
-    return rows if worker == workers else rows * worker // workers // few * few
+def blocks_of(rows, workers):
+    """Blocks of about ROW_BLOCK rows, the same number for each worker."""
+    return ((rows + ROW_BLOCK - 1) // ROW_BLOCK + workers - 1) // workers * workers
 
 
 @kernel
-def row_block(rows, panels):
-    """Rows at a time: at most ROW_BLOCK, or SPLIT_ROW_BLOCK, evenly, in whole tiles."""
-    tile, most = tile_height(panels)[0], SPLIT_ROW_BLOCK if panels.itemsize == 2 else ROW_BLOCK
-    blocks = max((rows + most - 1) // most, 1)
-    return max(((rows + blocks - 1) // blocks + tile - 1) // tile * tile, tile)
+def block_start(rows, panels, block, blocks):
+    """First row of a block: whole low tiles, so that only the last one has rows left over."""
+    few = low_tile_rows(panels)
+    return rows if block == blocks else rows * block // blocks // few * few
+
+
+@kernel
+def most_rows(rows, panels):
+    """Rows of the largest block."""
+    return min(rows, ROW_BLOCK + low_tile_rows(panels))
 
 
 @vector_kernel
-def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
-    """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
+def linear_rows(x, rows, depth, panels, outputs, bias, code, out, counter, worker, workers):
+    """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker takes blocks."""
     whole_registers()
-    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
-    block = row_block(last - first, panels)
-    room = room_for(panels, block * depth, depth)
-    for start in range(first, last, block):
-        count = min(block, last - start)
+    blocks, most = blocks_of(rows, workers), most_rows(rows, panels)
+    room = room_for(panels, most * depth, depth)
+    for _ in range(blocks):
+        block = claim(counter)
+        if block >= blocks:
+            break
+        start, stop = block_start(rows, panels, block, blocks), block_start(rows, panels, block + 1, blocks)
+        count = stop - start
         multiply(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs, room)
         activate(out[start * outputs : (start + count) * outputs], code)
 
@@ -88,14 +97,16 @@ def add_and_normalize(row, residual, weight, shift, eps):
 
 
 @vector_kernel
-def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
+def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, counter, worker, workers):
     """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
     whole_registers()
-    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
-    block = row_block(last - first, panels)
-    room = room_for(panels, block * depth, depth)
-    for start in range(first, last, block):
-        stop = min(start + block, last)
+    blocks, most = blocks_of(rows, workers), most_rows(rows, panels)
+    room = room_for(panels, most * depth, depth)
+    for _ in range(blocks):
+        block = claim(counter)
+        if block >= blocks:
+            break
+        start, stop = block_start(rows, panels, block, blocks), block_start(rows, panels, block + 1, blocks)
         multiply(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size, room)
         for row in range(start, stop):
             add_and_normalize(
@@ -105,16 +116,34 @@ def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift
 
 @vector_kernel
 def feed_forward_rows(
-    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, scratch, worker, workers
+    x,
+    rows,
+    size,
+    panels,
+    inner,
+    bias,
+    code,
+    panels_2,
+    bias_2,
+    weight,
+    shift,
+    eps,
+    out,
+    scratch,
+    counter,
+    worker,
+    workers,
 ):
     """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
     whole_registers()
-    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
-    block = row_block(last - first, panels)
-    room, room_2 = room_for(panels, block * size, size), room_for(panels_2, block * inner, inner)
+    blocks, most = blocks_of(rows, workers), most_rows(rows, panels)
+    room, room_2 = room_for(panels, most * size, size), room_for(panels_2, most * inner, inner)
     middle = scratch[worker]
-    for start in range(first, last, block):
-        stop = min(start + block, last)
+    for _ in range(blocks):
+        block = claim(counter)
+        if block >= blocks:
+            break
+        start, stop = block_start(rows, panels, block, blocks), block_start(rows, panels, block + 1, blocks)
         count = stop - start
         multiply(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner, room)
         activate(middle[: count * inner], code)
@@ -125,16 +154,19 @@ def feed_forward_rows(
 
 @vector_kernel
 def feed_forward_split_rows(
-    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, worker, workers
+    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, counter, worker, workers
 ):
     """``feed_forward_rows`` with both products on the matrix unit, INNER columns of the middle at a time."""
     whole_registers()
-    first, last = share(rows, panels, worker, workers), share(rows, panels, worker + 1, workers)
-    block = row_block(last - first, panels)
-    room, middle = room_for(panels, block * size, size), room_for(panels, block * INNER, INNER)
+    blocks, most = blocks_of(rows, workers), most_rows(rows, panels)
+    room, middle = room_for(panels, most * size, size), room_for(panels, most * INNER, INNER)
     panel = inner // DEPTH * PANEL_STEP
-    for start in range(first, last, block):
-        count = min(block, last - start)
+    for _ in range(blocks):
+        block = claim(counter)
+        if block >= blocks:
+            break
+        start, stop = block_start(rows, panels, block, blocks), block_start(rows, panels, block + 1, blocks)
+        count = stop - start
         split_rows(x, start * size, size, count, size, room)
         for column in range(0, inner, INNER):
             width = min(INNER, inner - column)
@@ -146,7 +178,7 @@ def feed_forward_split_rows(
             product_of_lines(
                 middle, count, 0, steps, count, steps, panels_2, at, panel, size, bias_2, add, out, to, size
             )
-        for row in range(start, start + count):
+        for row in range(start, stop):
             add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
 
 

@@ -19,7 +19,7 @@ from sewd_np.config import SEWDConfig
 from sewd_np.cpu_amx import BLOCK, DEPTH, SIDE, pack_split
 from sewd_np.cpu_kernels import Kernels
 from sewd_np.cpu_positions import distances, pack_positions
-from sewd_np.cpu_rows import INNER, SPLIT_ROW_BLOCK
+from sewd_np.cpu_rows import INNER, ROW_BLOCK
 from sewd_np.cpu_split import multiply
 from sewd_np.params import Conv, Linear, Norm, random_params
 from sewd_np.trace import error_between
@@ -200,7 +200,7 @@ def test_multiply_goes_by_how_b_is_packed(split_form: str, rng: np.random.Genera
 # --------------------------------------------------------------------- the operations
 
 
-@in_forms("rows", [1, 2, 33, SPLIT_ROW_BLOCK - 1, SPLIT_ROW_BLOCK + 1, 2 * SPLIT_ROW_BLOCK + 5], python=[1, 33])
+@in_forms("rows", [1, 2, 33, ROW_BLOCK - 1, ROW_BLOCK + 1, 2 * ROW_BLOCK + 5], python=[1, 33])
 def test_dense_layers(split_form: str, rng: np.random.Generator, rows: int) -> None:
     depth, d, inner = 64, 32, INNER + 96
     x, residual = normal(rng, 1, rows, depth), normal(rng, 1, rows, d)
