@@ -30,7 +30,7 @@ import numpy as np
 from sewd_np import attention, layers
 from sewd_np.config import SEWDConfig
 from sewd_np.cpu_amx import DEPTH, SIDE, available, pack_split
-from sewd_np.cpu_attention import attend, gather_keys, shape_of
+from sewd_np.cpu_attention import QUERIES, attend, gather_keys, shape_of
 from sewd_np.cpu_conv import (
     TILE_FRAMES,
     Encoder,
@@ -335,8 +335,8 @@ class Kernels:
     def attention_bytes(self, batch: int, heads: int, frames: int, itemsize: int, explicit: bool) -> int:
         if explicit:
             return attention.attention_bytes(batch, heads, frames, itemsize, explicit)
-        # A frame and head keep their key and value, and a share of the blocks: below 512 numbers.
-        return itemsize * batch * heads * frames * 512
+        # A frame and head keep their key and value, below 512 numbers, and a frame its scores in each thread's block.
+        return itemsize * frames * (batch * heads * 512 + self.threads * QUERIES)
 
     def content_to_position(self, q_btd: Array, pos_key_hpe: Array, index: Distances, scale: float) -> Array:
         pair_index = index_by_pair(index, pos_key_hpe.shape[1] // 2)
