@@ -253,7 +253,7 @@ for _ in range(rounds):
     times.append(time.perf_counter() - start)
 print(statistics.median(times))
 """
-PEER_MEMORY, PEER_SECONDS = 16 * 2**30, 400  # the most that a peer may take in the plot
+PEER_MEMORY, PEER_SECONDS = 16 * 2**30, 200  # the most that a peer may take in the plot
 
 
 def peer_time(which: str, seconds: float, rounds: int) -> float | str:
@@ -304,6 +304,7 @@ def plot(path: Path) -> None:
                     stops[name] = f"{seconds} s: {found}"
                 else:
                     lines[name].append((seconds, found))
+        print(f"{seconds} s: " + ", ".join(f"{who} {points[-1]}" for who, points in lines.items()), stops, flush=True)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
         axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=name)
