@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import torch
 
 from benchmarks import peers
 from sewd_np.info import count_multiply_adds
+from sewd_np.memory import available_memory
 
 SPEED = [  # shape, seconds of sound, threads, rounds; goals: transformers' time and ONNX Runtime's over ours
     ("tiny", 10, 2, 15, 2.0, 1.4),
@@ -231,8 +233,51 @@ def cold() -> None:
     print(f"first time, compiling: {times[0]:.0f} s (goal 60); later: {min(times[1:]):.1f} s (goal 2)")
 
 
+PEER = """
+import statistics, sys, time
+import torch
+from benchmarks import cpu, peers
+which, seconds, rounds = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(2)
+reference, wave_bn = peers.transformers_model("tiny"), peers.audio(seconds)
+if which == "transformers":
+    call = cpu.reference_call(reference, wave_bn)
+else:
+    session = peers.onnx_session(reference, wave_bn.shape[1], 2)
+    call = lambda: session.run(None, {"x": wave_bn})
+call()
+times = []
+for _ in range(rounds):
+    start = time.perf_counter()
+    call()
+    times.append(time.perf_counter() - start)
+print(statistics.median(times))
+"""
+PEER_MEMORY, PEER_SECONDS = 16 * 2**30, 200  # the most that a peer may take in the plot
+
+
+def peer_time(which: str, seconds: float, rounds: int) -> float | str:
+    """Median seconds of one pass of a peer, in a process of its own; or in words why there is none."""
+
+    memory = int(min(PEER_MEMORY, available_memory() or PEER_MEMORY))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    command = [sys.executable, "-c", PEER, which, str(seconds), str(rounds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS, preexec_fn=limit)
+    except subprocess.TimeoutExpired:
+        return f"more than {PEER_SECONDS} s"
+    if done.returncode == 0:
+        return float(done.stdout)
+    last = done.stderr.strip().splitlines()[-1:] or [f"ended by signal {-done.returncode}"]
+    no_memory = any(word in done.stderr for word in ("allocate", "bad_alloc", "MemoryError"))
+    return f"more than {memory / 2**30:.0f} GiB" if no_memory else last[0]
+
+
 def plot(path: Path) -> None:
-    """Time against length, 1 s to 10 min; transformers to 1 min, ONNX Runtime (one export a length) to 1 min."""
+    """Time against length, 1 s to 10 min; the peers as far as memory allows, ONNX Runtime with one export a length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -242,7 +287,8 @@ def plot(path: Path) -> None:
     reference = peers.transformers_model("tiny")
     ours = peers.our_model(reference, "numba", 2)
     lines: dict[str, list[tuple[float, float]]] = {"sewd_np, numba": [], "ONNX Runtime": [], "transformers": []}
-    for seconds in (1, 3, 10, 30, 60, 180, 600):
+    stops: dict[str, str] = {}
+    for seconds in (1, 3, 10, 30, 60, 180, 300, 600):
         wave_bn = peers.audio(seconds)
         calls: dict[str, Callable[[], Any]] = {"sewd_np, numba": lambda wave_bn=wave_bn: ours(wave_bn)}
         if seconds <= 60:
@@ -251,14 +297,25 @@ def plot(path: Path) -> None:
             calls["transformers"] = reference_call(reference, wave_bn)
         for name, value in peers.alternate(calls, 9 if seconds <= 10 else 3 if seconds <= 60 else 1).items():
             lines[name].append((seconds, value))
+        for name in ("ONNX Runtime", "transformers") if seconds > 60 else ():  # by themselves: they may not survive it
+            if name not in stops:
+                found = peer_time(name, seconds, 1)
+                if isinstance(found, str):
+                    stops[name] = f"{seconds} s: {found}"
+                else:
+                    lines[name].append((seconds, found))
+        print(f"{seconds} s: " + ", ".join(f"{who} {points[-1]}" for who, points in lines.items()), stops, flush=True)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
         axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=name)
+        if name in stops:
+            axes.annotate(stops[name], points[-1], xytext=(4, 6), textcoords="offset points", color=colour, fontsize=8)
     axes.set(xlabel="length of recording [s]", ylabel="time of one pass [s]", title="SEW-D tiny, two CPU threads")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
     print(f"\n{path}: " + "; ".join(f"{name} {points}" for name, points in lines.items()))
+    print("; ".join(f"{name} stops at {reason}" for name, reason in stops.items()) or "Nobody stops.")
 
 
 PARTS: dict[str, Callable[[], None]] = {

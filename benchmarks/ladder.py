@@ -13,12 +13,13 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import peers
 from sewd_np import attention, layers
-from sewd_np.cpu_amx import available, pack_split, product_split, room_for
+from sewd_np.cpu_amx import available, pack_split
 from sewd_np.cpu_gemm import pack, product, product_v1
-from sewd_np.cpu_kernels import layer_norm_v1, normalize_rows
 from sewd_np.cpu_lines import LINE
 from sewd_np.cpu_math import ACTIVATION_CODES, activate
 from sewd_np.cpu_positions import add_by_key, add_by_key_v1, distances
+from sewd_np.cpu_rows import layer_norm_v1, normalize_rows
+from sewd_np.cpu_split import product_split, room_for
 
 
 @njit(nogil=True, error_model="numpy")
@@ -32,7 +33,7 @@ def gelu_v1(x):  # type: ignore[no-untyped-def]
 def walk(step, scores, width, by_key, first, buckets, shear):  # type: ignore[no-untyped-def]
     """``step`` over all keys of a block of 48 queries."""
     for key in range(0, width, LINE):
-        step(scores, width, 48, by_key, width, key, first + key, buckets, shear)
+        step(scores, width, 48, by_key, width, 0, key, first + key, buckets, shear)
 
 
 def row(what: str, calls: dict[str, Callable[[], Any]]) -> None:

@@ -13,7 +13,8 @@ largest instead of 2e-6 (``python -m benchmarks.cpu error``). PyTorch calls the 
 
 The unit has eight tile registers of 16 rows of 64 bytes. Four hold a tile of C (32, 32), two a tile of A, two of B.
 Tiles must start at multiples of 64 bytes, since a row across two cache lines loads five times as slowly; hence only
-depths and strides that are multiples of DEPTH go this way, which those of every published checkpoint are.
+depths and strides that are multiples of DEPTH go this way, which those of every published checkpoint are. ``cpu_split``
+puts whole products together from the blocks here.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from sewd_np.cpu_gemm import READ_TO_LEVEL_2, aligned, kernel, prefetch, product
+from sewd_np.cpu_gemm import READ_TO_LEVEL_2, aligned, kernel, prefetch
 from sewd_np.cpu_lines import LINE, split_line
 
 Array = np.ndarray
 SIDE = 16  # rows of a tile register
 DEPTH = 32  # bfloat16 numbers in a row of one
+LINE_BYTES = 2 * DEPTH
 BLOCK = 2 * SIDE  # rows and columns of C that are computed together
 PANEL_STEP = 2 * 2 * SIDE * DEPTH  # numbers of a packed panel for DEPTH steps of k: two pieces, two tiles
 FETCH = 16384  # bytes of B between what is used and what is asked for: weights come from farther away than the cache
@@ -91,35 +93,39 @@ def _at(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ..
 
 
 def _numpy_block(
-    rows: int, a: int, plane: int, a_stride: int, steps: int, b: int, bias: int, c: int, c_stride: int
+    rows: int, a: int, plane: int, turn: int, steps: int, b: int, start: int, start_stride: int, c: int, c_stride: int
 ) -> None:
-    k, step, tile, line = steps * DEPTH, 2 * PANEL_STEP, 2 * SIDE * DEPTH, 2 * DEPTH
-    a_prk = _at(a, np.uint16, (2, rows, k), (plane, a_stride, 2))
-    b_kjp = _at(b, np.uint16, (steps, SIDE, 2, 2, SIDE, 2), (step, line, 2, tile, 4, 2 * tile)).reshape(k, BLOCK, 2)
-    total = _at(bias, np.float32, (BLOCK,), (4,)).astype(np.float64)
+    k, step, tile = steps * DEPTH, 2 * PANEL_STEP, 2 * SIDE * DEPTH
+    places = [a + s % turn * 2 * plane + s // turn * LINE_BYTES for s in range(steps)]
+    a_prk = np.concatenate([_at(at, np.uint16, (2, rows, DEPTH), (plane, LINE_BYTES, 2)) for at in places], axis=2)
+    in_memory = (step, LINE_BYTES, 2, tile, 4, 2 * tile)
+    b_kjp = _at(b, np.uint16, (steps, SIDE, 2, 2, SIDE, 2), in_memory).reshape(k, BLOCK, 2)
+    total = _at(start, np.float32, (rows, BLOCK), (start_stride, 4)).astype(np.float64)
     for i, j in ((1, 0), (0, 1), (0, 0)):
         a_rk, b_kj = (piece.astype(np.uint32) << np.uint32(16) for piece in (a_prk[i], b_kjp[:, :, j]))
         total = total + a_rk.view(np.float32).astype(np.float64) @ b_kj.view(np.float32).astype(np.float64)
     _at(c, np.float32, (rows, BLOCK), (c_stride, 4))[:] = total
 
 
-def block(a, plane, a_stride, steps, b, bias, c, c_stride):
-    """C's block (BLOCK, BLOCK) = A's rows · one panel of B + bias: what the compiled block computes, in NumPy.
+def block(a, plane, turn, steps, b, start, start_stride, c, c_stride):
+    """C's block (BLOCK, BLOCK) = start + A's rows · one panel of B: what the compiled block computes, in NumPy.
 
-    Every argument but ``steps`` is an address or in bytes: ``plane`` bytes lie between A's two pieces, ``steps`` is k /
-    DEPTH, bias a row of BLOCK numbers.
+    Every argument but ``turn`` and ``steps`` is an address or in bytes. A lies as ``cpu_split.split_rows`` puts it:
+    lines of DEPTH numbers, for each step of k those of all rows, ``plane`` bytes of them for each of the two pieces.
+    After ``turn`` steps a row's window goes on in the row below. Of ``start`` rows lie ``start_stride`` apart: 0 for a
+    bias, which is the same for each.
     """
-    _numpy_block(BLOCK, a, plane, a_stride, steps, b, bias, c, c_stride)
+    _numpy_block(BLOCK, a, plane, turn, steps, b, start, start_stride, c, c_stride)
 
 
-def first_block(a, plane, a_stride, steps, b, bias, c, c_stride):
+def first_block(a, plane, turn, steps, b, start, start_stride, c, c_stride):
     """``block`` for the first rows, which meet a panel before it is in the cache: compiled, it asks for it ahead."""
-    block(a, plane, a_stride, steps, b, bias, c, c_stride)
+    block(a, plane, turn, steps, b, start, start_stride, c, c_stride)
 
 
-def low_block(a, plane, a_stride, steps, b, bias, c, c_stride):
+def low_block(a, plane, turn, steps, b, start, start_stride, c, c_stride):
     """``block`` of SIDE rows."""
-    _numpy_block(SIDE, a, plane, a_stride, steps, b, bias, c, c_stride)
+    _numpy_block(SIDE, a, plane, turn, steps, b, start, start_stride, c, c_stride)
 
 
 def configure(settings):
@@ -140,7 +146,7 @@ def _block_builder(tiles: int, fetch: bool = False) -> Any:
     pointer = byte.as_pointer()
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, plane, a_stride, steps, b, bias, c, c_stride = arguments
+        a, plane, turn, steps, b, start, start_stride, c, c_stride = arguments
 
         def call(name: str, *operands: Any) -> None:
             values = [ir.Constant(byte, o) if isinstance(o, int) else o for o in operands]
@@ -153,23 +159,25 @@ def _block_builder(tiles: int, fetch: bool = False) -> Any:
         def at(base: Any, offset: Any) -> Any:
             return builder.inttoptr(builder.add(base, offset), pointer)
 
-        def down(stride: Any, tile: int) -> Any:
-            return builder.mul(stride, number(SIDE * tile))
+        def corner(base: Any, stride: Any, row: int, column: int) -> Any:
+            return at(base, builder.add(builder.mul(stride, number(SIDE * row)), number(64 * column)))
 
         for row in range(tiles):
-            for column in range(2):  # a stride of 0 gives every row the same bias
-                call("tileloadd64", 2 * row + column, at(bias, number(64 * column)), number(0))
+            for column in range(2):
+                call("tileloadd64", 2 * row + column, corner(start, start_stride, row, column), start_stride)
+        a_step = builder.mul(plane, number(2))
+        # At a turn: back to the first step's lines, one line further.
+        a_turn = builder.sub(number(LINE_BYTES), builder.mul(a_step, builder.sub(turn, number(1))))
         entry, loop, done = builder.block, builder.append_basic_block("k"), builder.append_basic_block("done")
         builder.branch(loop)
 
         builder.position_at_end(loop)
-        step = builder.phi(address)
-        a_here = builder.add(a, builder.mul(step, number(2 * DEPTH)))
+        step, a_here, left = builder.phi(address), builder.phi(address), builder.phi(address)
         b_here = builder.add(b, builder.mul(step, number(2 * PANEL_STEP)))
 
         def load_a(piece: int, row: int) -> None:
-            offset = builder.add(builder.mul(plane, number(piece)), down(a_stride, row))
-            call("tileloadd64", 4 + row, at(a_here, offset), a_stride)
+            offset = builder.add(builder.mul(plane, number(piece)), number(SIDE * LINE_BYTES * row))
+            call("tileloadd64", 4 + row, at(a_here, offset), number(LINE_BYTES))
 
         def load_b(piece: int, column: int) -> None:
             call("tileloadd64", 6 + column, at(b_here, number(PANEL_STEP * piece + 1024 * column)), number(64))
@@ -192,21 +200,27 @@ def _block_builder(tiles: int, fetch: bool = False) -> Any:
             load_b(1, column)
             for row in range(tiles):
                 multiply(row, column)
-        next_step = builder.add(step, number(1))
-        step.add_incoming(number(0), entry)
-        step.add_incoming(next_step, loop)
+        next_step, now_left = builder.add(step, number(1)), builder.sub(left, number(1))
+        turns = builder.icmp_signed("==", now_left, number(0))
+        next_a = builder.add(a_here, builder.select(turns, a_turn, a_step))
+        for phi, first, following in (
+            (step, number(0), next_step),
+            (a_here, a, next_a),
+            (left, turn, builder.select(turns, turn, now_left)),
+        ):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, done)
 
         builder.position_at_end(done)
         for row in range(tiles):
             for column in range(2):
-                target = at(c, builder.add(down(c_stride, row), number(64 * column)))
-                call("tilestored64", 2 * row + column, target, c_stride)
+                call("tilestored64", 2 * row + column, corner(c, c_stride, row, column), c_stride)
         return context.get_dummy_value()
 
     @intrinsic
-    def compiled_block(typing_context, a, plane, a_stride, steps, b, bias, c, c_stride):
-        return types.void(*[types.int64] * 8), emit
+    def compiled_block(typing_context, a, plane, turn, steps, b, start, start_stride, c, c_stride):
+        return types.void(*[types.int64] * 9), emit
 
     return compiled_block
 
@@ -215,23 +229,23 @@ _block, _low_block, _first_block = _block_builder(2), _block_builder(1), _block_
 
 
 @overload(block, inline="always")
-def _compiled_block(a, plane, a_stride, steps, b, bias, c, c_stride):
-    return lambda a, plane, a_stride, steps, b, bias, c, c_stride: _block(
-        a, plane, a_stride, steps, b, bias, c, c_stride
+def _compiled_block(a, plane, turn, steps, b, start, start_stride, c, c_stride):
+    return lambda a, plane, turn, steps, b, start, start_stride, c, c_stride: _block(
+        a, plane, turn, steps, b, start, start_stride, c, c_stride
     )
 
 
 @overload(first_block, inline="always")
-def _compiled_first_block(a, plane, a_stride, steps, b, bias, c, c_stride):
-    return lambda a, plane, a_stride, steps, b, bias, c, c_stride: _first_block(
-        a, plane, a_stride, steps, b, bias, c, c_stride
+def _compiled_first_block(a, plane, turn, steps, b, start, start_stride, c, c_stride):
+    return lambda a, plane, turn, steps, b, start, start_stride, c, c_stride: _first_block(
+        a, plane, turn, steps, b, start, start_stride, c, c_stride
     )
 
 
 @overload(low_block, inline="always")
-def _compiled_low_block(a, plane, a_stride, steps, b, bias, c, c_stride):
-    return lambda a, plane, a_stride, steps, b, bias, c, c_stride: _low_block(
-        a, plane, a_stride, steps, b, bias, c, c_stride
+def _compiled_low_block(a, plane, turn, steps, b, start, start_stride, c, c_stride):
+    return lambda a, plane, turn, steps, b, start, start_stride, c, c_stride: _low_block(
+        a, plane, turn, steps, b, start, start_stride, c, c_stride
     )
 
 
@@ -265,90 +279,3 @@ def _compiled_configure(settings):
 @overload(release, inline="always")
 def _compiled_release():
     return lambda: _release()  # type: ignore[call-arg]
-
-
-# ---------------------------------------------------------------------------- the product
-
-
-@kernel
-def room_size(numbers, stride):
-    """uint16 numbers that ``product_split`` needs for A: two pieces of all, and what its last block reads beyond."""
-    return 2 * (numbers + BLOCK * stride + DEPTH)
-
-
-@kernel
-def product_split(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room):
-    """``cpu_gemm.product`` on the matrix unit: b as ``pack_split`` gives it, k and a_stride multiples of DEPTH.
-
-    ``room`` (room_size,) uint16 takes A's pieces. A row beyond the last is computed from what lies in ``room`` and
-    thrown away. A row with NaN or infinity in it gives NaN or infinity; which of them, the pieces of B decide.
-    """
-    settings = np.zeros(64, np.uint8)
-    settings[0] = 1
-    for register in range(8):
-        settings[16 + 2 * register] = 2 * DEPTH  # bytes a row, as a 16-bit number
-        settings[48 + register] = SIDE
-    numbers = (m - 1) * a_stride + k
-    first = (-room.ctypes.data % 64) // 2
-    plane = (len(room) - DEPTH) // 2 // DEPTH * DEPTH
-    split(a[a_start : a_start + numbers], room[first : first + numbers], room[first + plane : first + plane + numbers])
-    pieces = room.ctypes.data + 2 * first
-    edge = np.empty(BLOCK * BLOCK, np.float32)
-    edge_bias = np.zeros(BLOCK, np.float32)
-    steps = k // DEPTH
-    configure(settings.ctypes.data)
-    for j in range(0, n, BLOCK):
-        panel = b.ctypes.data + 2 * (b_start + j // BLOCK * steps * PANEL_STEP)
-        columns = min(BLOCK, n - j)
-        edge_bias[:columns] = bias[j : j + columns]
-        i = 0
-        while i < m:
-            high = m - i > SIDE
-            rows = min(BLOCK if high else SIDE, m - i)
-            whole = columns == BLOCK and rows in (BLOCK, SIDE)
-            target = c.ctypes.data + 4 * (c_start + i * c_stride + j) if whole else edge.ctypes.data
-            stride = 4 * c_stride if whole else 4 * BLOCK
-            row = pieces + 2 * i * a_stride
-            if high and i == 0:
-                first_block(row, 2 * plane, 2 * a_stride, steps, panel, edge_bias.ctypes.data, target, stride)
-            elif high:
-                block(row, 2 * plane, 2 * a_stride, steps, panel, edge_bias.ctypes.data, target, stride)
-            else:
-                low_block(row, 2 * plane, 2 * a_stride, steps, panel, edge_bias.ctypes.data, target, stride)
-            if not whole:
-                for r in range(rows):
-                    for column in range(columns):
-                        c[c_start + (i + r) * c_stride + j + column] = edge[r * BLOCK + column]
-            i += rows
-    release()
-    settings[0] = 0  # a use behind ``configure``: Numba frees an array after its last one, and sees none in an address
-
-
-def multiply(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room):
-    """``product`` or ``product_split``, as B is packed: float32 panels, or uint16 for the matrix unit."""
-    if b.dtype == np.uint16:
-        product_split(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room)
-    else:
-        product(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride)
-
-
-@overload(multiply)
-def _multiply(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room):
-    """Chosen while compiling, so that a machine without the unit never meets its instructions."""
-    if b.dtype == types.uint16:
-
-        def chosen(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room):
-            product_split(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room)
-
-    else:
-
-        def chosen(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride, room):
-            product(a, a_start, a_stride, m, k, b, b_start, n, bias, c, c_start, c_stride)
-
-    return chosen
-
-
-@kernel
-def room_for(b, numbers, stride):
-    """Uninitialised ``room`` for products of up to ``numbers`` numbers of A with B; none where B is float32."""
-    return np.empty(room_size(numbers, stride) if b.itemsize == 2 else 0, np.uint16)

@@ -4,14 +4,16 @@ For one head and QUERIES query frames the scores are three products and two walk
 
     S  = Q · Kᵀ                  (queries, t)       content to content
     C  = Q · PKᵀ                 (queries, band)    content to position, for every bucket that occurs
-    P  = PQ · Kᵀ                 (band, t)          position to content; once a head, not once a block
+    P  = PQ · Kᵀ                 (band, t)          position to content
     S[i, j] += C[i, r(i−j)] + P[r(i−j), j]
 
 The walks are in ``cpu_positions``. Only the band of buckets that a recording of this length can have is multiplied at
-all: 379 of 512 at 10 s.
+all: 379 of 512 at 10 s. Of P, which for a minute of sound would fill 3 MB a head, a block of queries needs a stripe
+down the diagonal. It comes KEYS keys at a time, only the rows that these queries meet there, and is added to the scores
+while it is in the nearest cache: a part is computed twice, and none comes back from memory.
 
-Then softmax in place, the product with V, and one division by the row's sum at the end. Frames beyond a recording's
-valid length are never computed with, so there is no mask but for the few that fill the last panel: −∞.
+Then softmax, the product with V, and one division by the row's sum at the end. Frames beyond a recording's valid length
+are never computed with, so there is no mask but for the few that fill the last panel: −∞.
 """
 
 from __future__ import annotations
@@ -22,35 +24,41 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from sewd_np.cpu_amx import BLOCK, DEPTH, PANEL_STEP, SIDE, multiply, room_for, split
-from sewd_np.cpu_gemm import COLUMNS, kernel
-from sewd_np.cpu_lines import LINE, max_line, pair_line
-from sewd_np.cpu_math import exp, vector_kernel
+from sewd_np.cpu_amx import BLOCK, DEPTH, PANEL_STEP, SIDE, split
+from sewd_np.cpu_gemm import COLUMNS, kernel, product
+from sewd_np.cpu_lines import LINE, exp_line, exp_pieces, max_line, pair_line
+from sewd_np.cpu_math import vector_kernel
 from sewd_np.cpu_positions import Distances, add_by_bucket, add_by_key
+from sewd_np.cpu_split import lay_out, multiply_laid, product_of_lines, room_for
+from sewd_np.cpu_team import claim
 
 Array = np.ndarray
-QUERIES = 48  # query frames of a block: their scores for a minute of sound fill 300 kB, well inside a core's cache
+QUERIES = 96  # query frames of a block: their scores for a minute of sound fill 600 kB, inside a core's cache
+KEYS = 128  # key frames of a part of P
 RUNS = 4 * LINE  # columns in which a row's maximum is looked for side by side
 
 
-@vector_kernel
-def exp_row(scores, runs):
-    """scores ← exp(scores − max) in place, whole lines; returns the sum. ``runs`` (RUNS,) is scratch.
+@kernel
+def row_max(scores, start, count, runs):
+    """The largest of scores[start : start + count], whole lines, into runs[0]; ``runs`` (RUNS,) is scratch.
 
-    The maximum runs in RUNS columns at once: a single running maximum would have to be taken one number at a time.
+    It runs in RUNS columns at once: a single running maximum would have to be taken one number at a time.
     """
     runs[:] = -np.inf
-    for j in range(0, len(scores), LINE):
-        max_line(runs, j % RUNS, scores, j)
+    for j in range(0, count, LINE):
+        max_line(runs, j % RUNS, scores, start + j)
     for line in range(LINE, RUNS, LINE):
         max_line(runs, 0, runs, line)
-    largest = np.float32(-np.inf)
-    for c in range(LINE):
-        largest = runs[c] if runs[c] > largest else largest
+    for c in range(1, LINE):
+        runs[0] = runs[c] if runs[c] > runs[0] else runs[0]
+
+
+@kernel
+def line_sum(sums, start):
+    """Sum of a line."""
     total = np.float32(0)
-    for j in range(len(scores)):
-        scores[j] = exp(scores[j] - largest)
-        total += scores[j]
+    for c in range(LINE):
+        total += sums[start + c]
     return total
 
 
@@ -66,16 +74,19 @@ class Shape(NamedTuple):
     band: int  # buckets in it
     low_panel: int  # C begins on a whole panel
     columns: int  # width of C
+    rows: int  # of a table: buckets that there are
     values: int  # V within a head's shared memory, behind K
-    by_key: int  # P behind V
     pair: int  # shared memory of one recording's head
-    by_bucket: int  # C within a worker's block, behind queries and scores
+    scores: int  # S within a worker's block, behind the queries
+    by_bucket: int  # C
+    by_key: int  # a part of P
     context: int
+    sums: int  # a line for each query
     shear: int
     block: int  # scratch memory of one worker
 
 
-def shape_of(batch: int, frames: int, heads: int, size: int, has_p2c: bool, by_difference: Distances | None) -> Shape:
+def shape_of(batch: int, frames: int, heads: int, size: int, rows: int, by_difference: Distances | None) -> Shape:
     """Lay out the scratch memory of ``gather_keys`` and ``attend``. Every part begins at a multiple of 64 bytes."""
     low = high = 0
     if by_difference is not None:
@@ -85,15 +96,17 @@ def shape_of(batch: int, frames: int, heads: int, size: int, has_p2c: bool, by_d
     low_panel = low // COLUMNS * COLUMNS
     columns = -(-(high - low_panel) // COLUMNS) * COLUMNS
     values = row * size
-    by_key = values + -(-size // BLOCK) * BLOCK * row
-    pair = by_key + (high - low) * row * has_p2c
-    by_bucket = QUERIES * size + QUERIES * row
-    context = by_bucket + QUERIES * columns
-    shear = context + QUERIES * size
+    pair = values + -(-size // BLOCK) * BLOCK * row
+    scores = QUERIES * size
+    by_bucket = scores + QUERIES * row
+    by_key = by_bucket + QUERIES * columns
+    context = by_key + (QUERIES + KEYS + SIDE) * KEYS
+    sums = context + QUERIES * size
+    shear = sums + QUERIES * LINE
     block = shear + (QUERIES + LINE) * LINE
     return Shape(
-        batch, frames, heads, size, row, low, high - low, low_panel, columns, values, by_key, pair, by_bucket, context,
-        shear, block,
+        batch, frames, heads, size, row, low, high - low, low_panel, columns, rows, values, pair, scores, by_bucket,
+        by_key, context, sums, shear, block,
     )  # fmt: skip
 
 
@@ -175,32 +188,104 @@ def _pack_keys_and_values(qkv, start, stride, valid, size, panels, values):
 
 
 @kernel
-def depth_of(panels, valid):
-    """Rows of V as it is packed."""
-    return -(-valid // DEPTH) * DEPTH if panels.itemsize == 2 else valid
+def tile_rows(panels, count):
+    """Rows of a product of ``count``: on the matrix unit whole tiles, of which the surplus is not used."""
+    return (count + SIDE - 1) // SIDE * SIDE if panels.itemsize == 2 else count
+
+
+# --------------------------------------------------------------------- softmax and context
 
 
 @vector_kernel
-def gather_keys(qkv, shape, keys, queries, zeros, lengths, shared, worker, workers):
-    """First half: pack K and V of each head into ``shared`` and multiply P = PQ · Kᵀ; a worker's share of the heads.
+def weigh(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room):
+    """Context (live, size) = e^(S − its row's maximum) · V, and the sums of the exponentials: a line for each row.
 
-    qkv flat (b, t, 3d); queries flat (h, p, e) or empty; zeros stands for "no bias". ``keys`` says by its type how
-    panels are packed.
+    S (live, row) from ``scores``; what lies beyond ``valid`` in the last lines is −∞. S is used up.
+    """
+    for i in range(live):
+        start = scores + i * row
+        row_max(block, start, (valid + LINE - 1) // LINE * LINE, runs)
+        for j in range(start, start + valid, LINE):
+            exp_line(block, j, runs, 0, block, sums + i * LINE)
+    product(block, scores, row, live, valid, panels, values, size, zeros, block, context, size)
+
+
+@vector_kernel
+def weigh_split(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room):
+    """``weigh`` on the matrix unit: BLOCK rows and KEYS keys at a time become exponentials and, in ``room``, pieces."""
+    whole = (valid + BLOCK - 1) // BLOCK * BLOCK
+    largest = np.empty(live, np.float32)
+    for i in range(live):
+        row_max(block, scores + i * row, whole, runs)
+        largest[i] = runs[0]
+    first = (-room.ctypes.data % 64) // 2
+    for key in range(0, whole, KEYS):
+        steps = min(KEYS, whole - key) // DEPTH
+        at, panel = values + key // DEPTH * PANEL_STEP, whole // DEPTH * PANEL_STEP
+        for top in range(0, live, BLOCK):
+            rows = min(BLOCK, (live - top + SIDE - 1) // SIDE * SIDE)
+            for i in range(top, min(top + BLOCK, live)):
+                for step in range(steps):
+                    upper = first + (2 * step * rows + i - top) * DEPTH
+                    lower, j = upper + rows * DEPTH, scores + i * row + key + step * DEPTH
+                    exp_pieces(room, upper, lower, block, j, largest, i, block, sums + i * LINE)
+            to, add = context + top * size, key > 0
+            product_of_lines(room, rows, 0, steps, rows, steps, panels, at, panel, size, zeros, add, block, to, size)
+
+
+def weigh_values(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room):
+    """``weigh`` or ``weigh_split``, by the kind of ``panels``."""
+    chosen: Any = weigh_split if panels.dtype == np.uint16 else weigh
+    chosen(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room)
+
+
+@overload(weigh_values)
+def _weigh_values(block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room):
+    chosen: Any = weigh_split if panels.dtype == types.uint16 else weigh
+    return lambda block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room: chosen(
+        block, scores, row, live, valid, size, panels, values, zeros, context, sums, runs, room
+    )
+
+
+# ------------------------------------------------------------------------------ the two halves
+
+
+@vector_kernel
+def gather_keys(qkv, shape, keys, lengths, shared, worker, workers):
+    """First half: pack K and V of each head into ``shared``; a worker's share of the heads.
+
+    qkv flat (b, t, 3d). ``keys`` says by its type how panels are packed.
     """
     frames, heads, size = shape.frames, shape.heads, shape.size
     d = heads * size
     pairs = shape.batch * heads
-    room = room_for(keys, shape.band * size, size)
     for pair in range(pairs * worker // workers, pairs * (worker + 1) // workers):
         b, h, at = pair // heads, pair % heads, pair * shape.pair
-        valid = lengths[b]
-        packed = shared[at : at + shape.by_key].view(keys.dtype)
+        packed = shared[at : at + shape.pair].view(keys.dtype)
         start = b * frames * 3 * d + d + h * size
-        pack_keys_and_values(qkv, start, 3 * d, valid, size, packed, shape.values * (4 // packed.itemsize))
-        if len(queries) > 0 and valid > 0:
-            table = (h * (len(queries) // d) + shape.low) * size
-            by_key, width = at + shape.by_key, (valid + BLOCK - 1) // BLOCK * BLOCK
-            multiply(queries, table, size, shape.band, size, packed, 0, width, zeros, shared, by_key, shape.row, room)
+        pack_keys_and_values(qkv, start, 3 * d, lengths[b], size, packed, shape.values * (4 // packed.itemsize))
+
+
+@vector_kernel
+def add_position_to_content(block, shape, live, valid, difference, packed, queries, head, buckets, zeros):
+    """S += P[r(i−j), j], KEYS keys at a time; ``difference`` is that of the first query and key, back to front.
+
+    ``head`` is where the head's table begins in ``queries``; K is packed in ``packed``.
+    """
+    size, row = shape.size, shape.row
+    by_key, shear = block[shape.by_key : shape.context], block[shape.shear :]
+    rows_of_scores = block[shape.scores : shape.scores + live * row]
+    table, kind = queries[head:], 4 // packed.itemsize
+    for first in range(0, valid, KEYS):
+        width = min(KEYS, (valid + BLOCK - 1) // BLOCK * BLOCK - first)
+        lowest = difference - live + 1 + first
+        low, high = np.int64(buckets[lowest]), np.int64(buckets[lowest + live - 1 + width - 1])
+        count, panels = tile_rows(packed, high - low + 1), first * size * kind
+        at = low + shape.low
+        multiply_laid(table, 0, size, shape.rows, at, count, table, packed, panels, width, zeros, by_key, 0, KEYS)
+        origin = low * KEYS + first
+        for key in range(first, min(first + KEYS, valid), LINE):
+            add_by_key(rows_of_scores, row, live, by_key, KEYS, origin, key, lowest - first + key, buckets, shear)
 
 
 @vector_kernel
@@ -221,26 +306,30 @@ def attend(
     out,
     shared,
     scratch,
+    counter,
     worker,
     workers,
 ):
-    """Second half: blocks of QUERIES query frames of each head → out flat (b, t, d); a worker's share of the blocks.
+    """Second half: blocks of QUERIES query frames of each head → out flat (b, t, d); a worker takes one by one.
 
-    ``scratch`` (workers, shape.block) holds a block: scaled queries, scores, C and the context.
+    keys and queries: ``Positions``; ``counter``: 0, for ``claim``. ``scratch`` (workers, shape.block) holds a block:
+    scaled queries, scores, C, a part of P, the context and the sums.
     """
     frames, heads, size, columns, row = shape.frames, shape.heads, shape.size, shape.columns, shape.row
     d = heads * size
     blocks = (frames + QUERIES - 1) // QUERIES
     items = shape.batch * heads * blocks
     block, runs = scratch[worker], np.empty(RUNS, np.float32)
-    shear = block[shape.shear :]
-    scores = shape.by_bucket - QUERIES * row
-    room = room_for(keys, QUERIES * max(row, size), max(row, size))
-    for item in range(items * worker // workers, items * (worker + 1) // workers):
+    room, weights = room_for(keys, QUERIES * size, size), room_for(keys, BLOCK * KEYS, KEYS)
+    for _ in range(items):
+        item = claim(counter)
+        if item >= items:
+            break
         pair, first = item // blocks, item % blocks * QUERIES
         b, h, at = pair // heads, pair % heads, pair * shape.pair
         valid = lengths[b]
-        packed, by_key = shared[at : at + shape.by_key].view(keys.dtype), shared[at + shape.by_key : at + shape.pair]
+        packed = shared[at : at + shape.pair].view(keys.dtype)
+        kind = 4 // packed.itemsize  # numbers of a panel for one float32 of memory
         count = min(QUERIES, frames - first)
         live = count  # queries with something to attend to
         if mask_queries:
@@ -254,35 +343,48 @@ def attend(
                 query[c] = from_qkv[c] / scale
         if live > 0:
             width = (valid + BLOCK - 1) // BLOCK * BLOCK  # what lies beyond valid is not used
-            multiply(block, 0, size, live, size, packed, 0, width, zeros, block, scores, row, room)
+            rows = tile_rows(packed, live)
+            lay_out(block, 0, size, rows, size, keys, room)
+            multiply_laid(block, 0, size, rows, 0, rows, room, packed, 0, width, zeros, block, shape.scores, row)
             difference = frames - 1 - first  # of query 0 and key 0
             if len(keys) > 0:
-                table = (h * (len(keys) // heads)) + shape.low_panel * size * (4 // packed.itemsize)
+                table = (h * (len(keys) // heads)) + shape.low_panel * size * kind
                 to = shape.by_bucket
-                multiply(block, 0, size, live, size, keys, table, columns, zeros, block, to, columns, room)
+                multiply_laid(block, 0, size, rows, 0, rows, room, keys, table, columns, zeros, block, to, columns)
                 for i in range(live):
-                    start, bucket = scores + i * row, to + i * columns + shape.low - shape.low_panel
+                    start, bucket = shape.scores + i * row, to + i * columns + shape.low - shape.low_panel
                     at_0 = difference - i
                     line, by_bucket = block[start : start + width], block[bucket : bucket + shape.band]
                     stretches = near - at_0, step - at_0, stop - at_0, far - at_0
                     add_by_bucket(line, by_bucket, buckets[at_0:], *stretches)
             if len(queries) > 0:
-                rows = block[scores : scores + live * row]
-                for key in range(0, valid, LINE):
-                    add_by_key(rows, row, live, by_key, row, key, difference - live + 1 + key, buckets, shear)
+                head = h * shape.rows * size * kind
+                add_position_to_content(block, shape, live, valid, difference, packed, queries, head, buckets, zeros)
+            block[shape.sums : shape.sums + live * LINE] = np.float32(0)
             for i in range(live):
-                start = scores + i * row
-                block[start + valid : start + width] = -np.inf
-                block[i] = np.float32(1) / exp_row(block[start : start + width], runs)  # over the scaled queries
-            depth = depth_of(keys, valid)
-            values = shape.values * (4 // packed.itemsize)
-            to = shape.context
-            multiply(block, scores, row, live, depth, packed, values, size, zeros, block, to, size, room)
+                block[shape.scores + i * row + valid : shape.scores + i * row + width] = -np.inf
+            values = shape.values * kind
+            weigh_values(
+                block,
+                shape.scores,
+                row,
+                live,
+                valid,
+                size,
+                packed,
+                values,
+                zeros,
+                shape.context,
+                shape.sums,
+                runs,
+                weights,
+            )
         for i in range(count):
             target = (b * frames + first + i) * d + h * size
             attended, context = out[target : target + size], block[shape.context + i * size :]
             if i < live:
+                share = np.float32(1) / line_sum(block, shape.sums + i * LINE)
                 for c in range(size):
-                    attended[c] = context[c] * block[i]
+                    attended[c] = context[c] * share
             else:
                 attended[:] = np.float32(0)

@@ -22,13 +22,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sewd_np.cpu_amx import DEPTH, multiply, pack_split, room_for
-from sewd_np.cpu_gemm import aligned, pack, product
-from sewd_np.cpu_math import activate, normalize_row, vector_kernel
+from sewd_np.cpu_amx import BLOCK, DEPTH, PANEL_STEP, pack_split
+from sewd_np.cpu_gemm import aligned, kernel, pack, product
+from sewd_np.cpu_lines import LINE
+from sewd_np.cpu_math import activate, normalize_row, vector_kernel, whole_registers
+from sewd_np.cpu_split import aligned_floats, multiply, next_lines, product_of_lines, put_lines, room_for
+from sewd_np.cpu_team import claim
 from sewd_np.params import Conv
 
 Array = np.ndarray
 TILE_FRAMES = 64  # enough rows for the last layers' products, few enough that the first layers' output fits the cache
+FIRST_ROWS = 64  # steps of layer 0 at a time, where the next layer wants pieces of them
 
 # Columns of a plan: one row of whole numbers for each layer.
 KERNEL, STRIDE, INPUTS, OUTPUTS, PANELS, BIAS, NORM = range(7)
@@ -49,7 +53,7 @@ def pack_encoder(conv_layers: tuple[Conv, ...], strides: tuple[int, ...], norm: 
 
     ``split``: for the matrix unit, if all layers but the first, which has one input channel, fit it.
     """
-    split = split and all(layer.weight.shape[2] % DEPTH == 0 for layer in conv_layers[1:])
+    split = split and len(conv_layers) > 1 and all(layer.weight.shape[2] % DEPTH == 0 for layer in conv_layers[1:])
     plan = np.zeros((len(conv_layers), 7), np.int64)
     panels: list[Array] = [np.empty(0, np.uint16 if split else np.float32)]
     vectors = []
@@ -84,6 +88,7 @@ def window_moments(phases, stride, kernel, steps, mean, moments):
     ``phases`` (stride, steps + ...) is the sound dealt out in turn: sample m · stride + a lies at [a % stride, m + a //
     stride], so that every sum below runs along a row.
     """
+    whole_registers()
     for a in range(kernel):
         left = phases[a % stride, a // stride : a // stride + steps]
         total = 0.0
@@ -99,7 +104,7 @@ def window_moments(phases, stride, kernel, steps, mean, moments):
             moments[b, a] = moments[a, b]
 
 
-def fold_group_norm(wave_n: Array, first: Conv, stride: int, steps: int, eps: float) -> tuple[Array, Array]:
+def fold_group_norm(wave_n: Array, steps: int, first: Conv, stride: int, eps: float) -> tuple[Array, Array]:
     """Layer 0's packed weights and bias with its group norm folded in, for this recording's ``steps`` windows."""
     kernel, _, _, outputs = first.weight.shape
     length = -(-(steps * stride + kernel) // stride) * stride
@@ -122,35 +127,46 @@ def fold_group_norm(wave_n: Array, first: Conv, stride: int, steps: int, eps: fl
 # ------------------------------------------------------------------------ the tiles
 
 
+@kernel
+def layer_bounds(plan, frames, tile, tiles, begins, ends):
+    """First and last step + 1 of every layer that tile ``tile`` of ``tiles`` needs, into ``begins`` and ``ends``."""
+    last = len(plan) - 1
+    begins[last], ends[last] = frames * tile // tiles, frames * (tile + 1) // tiles
+    for i in range(last, 0, -1):
+        begins[i - 1] = begins[i] * plan[i, STRIDE]
+        ends[i - 1] = (ends[i] - 1) * plan[i, STRIDE] + plan[i, KERNEL]
+
+
 @vector_kernel
 def encode_tiles(
-    wave, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, worker, workers
+    waves, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, counter, worker, workers
 ):
-    """One recording through all layers: wave (n,) → out (s, c) flat, in ``tiles`` tiles of time; a worker's share.
+    """Recordings through all layers: waves (b, n) → out (b, s · c), each in ``tiles`` tiles of time.
 
-    ``first_panels`` and ``first_bias`` stand in for layer 0's own. ``scratch`` (workers, 2, size) holds what passes
-    between layers.
+    Each worker takes one tile after another; ``counter`` is 0, for ``claim``. ``first_panels`` (b, ...) and
+    ``first_bias`` (b, c) stand in for layer 0's own. ``scratch`` (workers, 2, size) holds what passes between layers.
     """
+    whole_registers()
     layers, last = len(plan), len(plan) - 1
     room = room_for(panels, scratch.shape[2], np.max(plan[:, STRIDE] * plan[:, INPUTS]))
-    width = plan[last, OUTPUTS]
-    frames = len(out) // width
+    frames, items = out.shape[1] // plan[last, OUTPUTS], len(waves) * tiles
     begins, ends = np.empty(layers, np.int64), np.empty(layers, np.int64)
-    for tile in range(tiles * worker // workers, tiles * (worker + 1) // workers):
-        begins[last], ends[last] = frames * tile // tiles, frames * (tile + 1) // tiles
-        for i in range(last, 0, -1):
-            begins[i - 1] = begins[i] * plan[i, STRIDE]
-            ends[i - 1] = (ends[i] - 1) * plan[i, STRIDE] + plan[i, KERNEL]
-        source = wave[begins[0] * plan[0, STRIDE] :]
+    for _ in range(items):
+        item = claim(counter)
+        if item >= items:
+            break
+        b = item // tiles
+        layer_bounds(plan, frames, item % tiles, tiles, begins, ends)
+        source = waves[b, begins[0] * plan[0, STRIDE] :]
         for i in range(layers):
             rows, outputs = ends[i] - begins[i], plan[i, OUTPUTS]
             target = scratch[worker, i % 2, : rows * outputs]
             if i == last:
-                target = out[begins[i] * outputs : ends[i] * outputs]
+                target = out[b, begins[i] * outputs : ends[i] * outputs]
             stride, depth = plan[i, STRIDE] * plan[i, INPUTS], plan[i, KERNEL] * plan[i, INPUTS]
             at = plan[i, BIAS]
             if i == 0:
-                product(source, 0, stride, rows, depth, first_panels, 0, outputs, first_bias, target, 0, outputs)
+                product(source, 0, stride, rows, depth, first_panels[b], 0, outputs, first_bias[b], target, 0, outputs)
             else:
                 bias = vectors[at : at + outputs]
                 start = plan[i, PANELS]
@@ -165,13 +181,66 @@ def encode_tiles(
             source = target
 
 
+@vector_kernel
+def first_lines(wave, stride, taps, count, panels, outputs, bias, code, to, fold):
+    """Layer 0, of one input channel: ``count`` steps of ``wave``, activated, → ``to`` as ``next_lines`` puts them."""
+    whole_registers()
+    lines, parts = -(-count // fold), outputs // DEPTH
+    some = aligned_floats(FIRST_ROWS * outputs)
+    for i in range(0, count, FIRST_ROWS):
+        rows = min(FIRST_ROWS, count - i)
+        product(wave, i * stride, stride, rows, taps, panels, 0, outputs, bias, some, 0, outputs)
+        activate(some[: rows * outputs], code)
+        for part in range(parts):
+            put_lines(some, outputs, part * DEPTH, rows, to, lines, fold, parts, i, part)
+
+
+@vector_kernel
+def encode_split_tiles(
+    waves, plan, panels, vectors, first_panels, first_bias, code, eps, out, tiles, scratch, counter, worker, workers
+):
+    """``encode_tiles`` on the matrix unit, without norms inside: pieces pass from layer to layer."""
+    whole_registers()
+    layers, last = len(plan), len(plan) - 1
+    frames, items = out.shape[1] // plan[last, OUTPUTS], len(waves) * tiles
+    begins, ends = np.empty(layers, np.int64), np.empty(layers, np.int64)
+    for _ in range(items):
+        item = claim(counter)
+        if item >= items:
+            break
+        b = item // tiles
+        layer_bounds(plan, frames, item % tiles, tiles, begins, ends)
+        wave = waves[b, begins[0] * plan[0, STRIDE] :]
+        source = scratch[worker, 0].view(np.uint16)
+        count, outputs, fold = ends[0] - begins[0], plan[0, OUTPUTS], plan[1, STRIDE]
+        first_lines(
+            wave, plan[0, STRIDE], plan[0, KERNEL], count, first_panels[b], outputs, first_bias[b], code, source, fold
+        )
+        for i in range(1, layers):
+            lines, count, outputs = -(-count // plan[i, STRIDE]), ends[i] - begins[i], plan[i, OUTPUTS]
+            steps, turn = plan[i, KERNEL] * plan[i, INPUTS] // DEPTH, plan[i, STRIDE] * plan[i, INPUTS] // DEPTH
+            turn, at, start = min(turn, steps), plan[i, BIAS], plan[i, PANELS]
+            bias = vectors[at : at + outputs]
+            if i < last:
+                target, fold = scratch[worker, i % 2].view(np.uint16), plan[i + 1, STRIDE]
+                next_lines(source, lines, count, turn, steps, panels, start, outputs, bias, code, target, fold)
+                source = target
+            else:
+                panel, to = steps * PANEL_STEP, out[b, begins[i] * outputs : ends[i] * outputs]
+                product_of_lines(
+                    source, lines, 0, turn, count, steps, panels, start, panel, outputs, bias, False, to, 0, outputs
+                )
+                activate(to, code)
+
+
 def scratch_size(plan: Array, tile_frames: int) -> int:
-    """Most numbers that pass between two layers for one tile."""
+    """Float32 numbers that pass between two layers for one tile at most, or their pieces, laid out in lines."""
     size, rows = 1, tile_frames
     for i in range(len(plan) - 1, 0, -1):
-        rows = (rows - 1) * int(plan[i, STRIDE]) + int(plan[i, KERNEL])
-        size = max(size, rows * int(plan[i - 1, OUTPUTS]))
-    return size
+        stride, inputs = int(plan[i, STRIDE]), int(plan[i, INPUTS])
+        rows = (rows - 1) * stride + int(plan[i, KERNEL])
+        size = max(size, (rows + stride) * inputs)
+    return -(-(size + BLOCK * DEPTH) // LINE) * LINE
 
 
 # ------------------------------------------------------------- the positional convolution
@@ -199,6 +268,7 @@ def squeeze_groups(x_sd, panels, bias, kernel, groups, factor, code, out_td, scr
     A group's channels are first copied together, with zeros before and after, so that its windows lie in a row.
     scratch (workers, 2, size).
     """
+    whole_registers()
     frames, d = x_sd.shape
     t, pad, width = len(out_td), kernel // 2, d // groups
     panel_size = len(panels) // groups

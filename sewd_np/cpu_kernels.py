@@ -2,8 +2,8 @@
 
 The ladder (measured gains: docs/kernels.md)
 --------------------------------------------
-1. *Plain loops, compiled* (``cpu_gemm.product_v1``, ``layer_norm_v1`` here): what the definition says, one number at a
-   time. Already free of Python, yet slower than NumPy, whose products run on a tuned library.
+1. *Plain loops, compiled* (``cpu_gemm.product_v1``, ``cpu_rows.layer_norm_v1``): what the definition says, one number
+   at a time. Already free of Python, yet slower than NumPy, whose products run on a tuned library.
 2. *Registers* (``cpu_gemm``): products in tiles that stay in vector registers; B packed once, on load.
 3. *Vector mathematics* (``cpu_math``): erf and exp as polynomials that a loop can take 16 numbers at a time.
 4. *Caches* (``cpu_conv``): a tile of time goes through all 13 convolutions before the next one starts; group norm
@@ -12,7 +12,8 @@ The ladder (measured gains: docs/kernels.md)
    multiplied, and the t × t scores of a head never exist at once.
 6. *Along the grain* (``cpu_positions``, ``cpu_lines``): what lies on a table's diagonals is sheared into rows, whole
    lines of 16 numbers at a time (``add_by_key_v1`` beside ``add_by_key``).
-7. *The matrix unit* (``cpu_amx``), where the processor has one: a float32 as two bfloat16, three products for one.
+7. *The matrix unit* (``cpu_amx``, ``cpu_split``), where the processor has one: a float32 as two bfloat16, three
+   products for one.
 8. *Cores*: every kernel divides its rows, heads, groups or tiles among ``threads`` workers, by hand, so that nothing
    in the process is left changed and a row's arithmetic is the same whoever computes it: results do not depend on the
    number of threads, to the last bit.
@@ -22,16 +23,19 @@ The ladder (measured gains: docs/kernels.md)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sewd_np import attention, layers
 from sewd_np.config import SEWDConfig
-from sewd_np.cpu_amx import BLOCK, DEPTH, available, multiply, pack_split, room_for
-from sewd_np.cpu_attention import attend, gather_keys, shape_of
+from sewd_np.cpu_amx import DEPTH, SIDE, available, pack_split
+from sewd_np.cpu_attention import QUERIES, attend, gather_keys, shape_of
 from sewd_np.cpu_conv import (
     TILE_FRAMES,
     Encoder,
     Positional,
+    encode_split_tiles,
     encode_tiles,
     fold_group_norm,
     pack_encoder,
@@ -39,116 +43,36 @@ from sewd_np.cpu_conv import (
     scratch_size,
     squeeze_groups,
 )
-from sewd_np.cpu_gemm import FEW_ROWS, kernel, pack
-from sewd_np.cpu_math import ACTIVATION_CODES, activate, normalize_row, vector_kernel
+from sewd_np.cpu_gemm import aligned, pack
+from sewd_np.cpu_math import ACTIVATION_CODES
 from sewd_np.cpu_positions import Distances, Positions, distances, index_by_pair, pack_positions
+from sewd_np.cpu_rows import (
+    ROW_BLOCK,
+    feed_forward_rows,
+    feed_forward_split_rows,
+    linear_norm_rows,
+    linear_rows,
+    normalize_rows,
+)
 from sewd_np.cpu_team import Pool, Team, cores
 from sewd_np.params import Layer, Linear, Norm, Params, Weights, prepare
 
 Array = np.ndarray
-ROW_BLOCK = 128  # rows of a product between two visits of an activation: small enough to be still in the cache
-
-
-@kernel
-def layer_norm_v1(x_rc, weight, bias, eps, out_rc):
-    """Rung 1 of ``normalize_rows``: mean, variance, result, one number at a time."""
-    rows, size = x_rc.shape
-    for r in range(rows):
-        mean = 0.0
-        for c in range(size):
-            mean += x_rc[r, c]
-        mean /= size
-        variance = 0.0
-        for c in range(size):
-            variance += (x_rc[r, c] - mean) ** 2
-        variance /= size
-        for c in range(size):
-            out_rc[r, c] = (x_rc[r, c] - mean) / np.sqrt(variance + eps) * weight[c] + bias[c]
-
-
-@kernel
-def share(rows, worker, workers):
-    """First row of a worker's share: whole low tiles, so that only the last worker has rows left over."""
-    return rows if worker == workers else rows * worker // workers // FEW_ROWS * FEW_ROWS
-
-
-@kernel
-def row_block(rows, tile):
-    """Rows at a time: at most ROW_BLOCK, evenly, in whole tiles of ``tile`` rows."""
-    blocks = max((rows + ROW_BLOCK - 1) // ROW_BLOCK, 1)
-    return max(((rows + blocks - 1) // blocks + tile - 1) // tile * tile, tile)
-
-
-@kernel
-def tile_rows(panels):
-    """Rows of the tiles in which a product with these panels is computed."""
-    return BLOCK if panels.itemsize == 2 else FEW_ROWS
-
-
-@vector_kernel
-def linear_rows(x, rows, depth, panels, outputs, bias, code, out, worker, workers):
-    """out (rows, outputs) = activation(x (rows, depth) · B + bias), all flat, B packed; a worker's share of rows."""
-    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first, tile_rows(panels))
-    room = room_for(panels, block * depth, depth)
-    for start in range(first, last, block):
-        count = min(block, last - start)
-        multiply(x, start * depth, depth, count, depth, panels, 0, outputs, bias, out, start * outputs, outputs, room)
-        activate(out[start * outputs : (start + count) * outputs], code)
-
-
-@vector_kernel
-def add_and_normalize(row, residual, weight, shift, eps):
-    """row ← layer norm of row + residual."""
-    for c in range(len(row)):
-        row[c] += residual[c]
-    normalize_row(row, weight, shift, eps, row)
-
-
-@vector_kernel
-def linear_norm_rows(x, rows, depth, panels, size, bias, residual, weight, shift, eps, out, worker, workers):
-    """out (rows, size) = layer norm of x · B + bias + residual; the rows are normed while they are in the cache."""
-    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first, tile_rows(panels))
-    room = room_for(panels, block * depth, depth)
-    for start in range(first, last, block):
-        stop = min(start + block, last)
-        multiply(x, start * depth, depth, stop - start, depth, panels, 0, size, bias, out, start * size, size, room)
-        for row in range(start, stop):
-            add_and_normalize(
-                out[row * size : (row + 1) * size], residual[row * size : (row + 1) * size], weight, shift, eps
-            )
-
-
-@vector_kernel
-def feed_forward_rows(
-    x, rows, size, panels, inner, bias, code, panels_2, bias_2, weight, shift, eps, out, scratch, worker, workers
-):
-    """out = layer norm of activation(x · B + b) · B₂ + b₂ + x; the wide middle never leaves the cache."""
-    first, last = share(rows, worker, workers), share(rows, worker + 1, workers)
-    block = row_block(last - first, tile_rows(panels))
-    room, room_2 = room_for(panels, block * size, size), room_for(panels_2, block * inner, inner)
-    middle = scratch[worker]
-    for start in range(first, last, block):
-        stop = min(start + block, last)
-        count = stop - start
-        multiply(x, start * size, size, count, size, panels, 0, inner, bias, middle, 0, inner, room)
-        activate(middle[: count * inner], code)
-        multiply(middle, 0, inner, count, inner, panels_2, 0, size, bias_2, out, start * size, size, room_2)
-        for row in range(start, stop):
-            add_and_normalize(out[row * size : (row + 1) * size], x[row * size : (row + 1) * size], weight, shift, eps)
-
-
-@vector_kernel
-def normalize_rows(x, rows, size, weight, bias, eps, out, worker, workers):
-    """Layer norm row by row, flat; a worker's share of the rows."""
-    for row in range(rows * worker // workers, rows * (worker + 1) // workers):
-        normalize_row(x[row * size : (row + 1) * size], weight, bias, eps, out[row * size : (row + 1) * size])
 
 
 def own(x: Array) -> Array:
     """``x`` as the kernels want it: float32, contiguous, writable (they write elsewhere, but are compiled once)."""
     return np.require(x, np.float32, ["C", "W"])
+
+
+def fresh(*shape: int) -> Array:
+    """A new array, uninitialised. It begins at a multiple of 64: the matrix unit stores its tiles faster there."""
+    return aligned(math.prod(shape), np.float32).reshape(shape)
+
+
+def start_of_count() -> Array:
+    """0, to be counted up by ``cpu_team.claim``."""
+    return np.zeros(1, np.int64)
 
 
 class Kernels:
@@ -226,37 +150,42 @@ class Kernels:
         for taps, stride in plan[:, :2]:
             steps.append((steps[-1] - int(taps)) // int(stride) + 1)
         frames, width = steps[-1], int(plan[-1, 3])
-        out = np.empty((len(wave_bn), frames, width), np.float32)
-        tiles = -(-frames // TILE_FRAMES)
-        tiles = min(-(-tiles // self.threads) * self.threads, frames)
+        out = fresh(len(wave_bn), frames, width)
+        batch, tiles = len(wave_bn), -(-frames // TILE_FRAMES)
+        if batch < self.threads:
+            tiles = min(-(-tiles // self.threads) * self.threads, frames)
         size = scratch_size(plan, -(-frames // tiles))
-        first_outputs = int(plan[0, 3])
-        bias = conv_layers.vectors[:first_outputs]
-        for b, wave in enumerate(wave_bn):
-            panels = conv_layers.first_panels
-            if norm == "group":
-                count = steps[1] if lengths_b is None else int(lengths_b[b])
-                panels, bias = fold_group_norm(wave, conv_layers.first, strides[0], count, eps)
-            with self.pool.take(self.threads * 2 * size) as scratch:
-                self.team.run(
-                    encode_tiles,
-                    wave,
-                    plan,
-                    conv_layers.panels,
-                    conv_layers.vectors,
-                    panels,
-                    bias,
-                    ACTIVATION_CODES[activation],
-                    eps,
-                    out[b].reshape(-1),
-                    tiles,
-                    scratch.reshape(self.threads, 2, size),
-                )
+        if norm == "group":
+            counts = [steps[1]] * batch if lengths_b is None else list(map(int, lengths_b))
+            folded = [
+                fold_group_norm(*each, conv_layers.first, strides[0], eps) for each in zip(wave_bn, counts, strict=True)
+            ]
+            first_panels, first_bias = map(np.stack, zip(*folded, strict=True))
+        else:
+            first_panels = np.stack([conv_layers.first_panels] * batch)
+            first_bias = np.stack([conv_layers.vectors[: int(plan[0, 3])]] * batch)
+        in_pieces = conv_layers.panels.dtype == np.uint16 and norm == "group"
+        with self.pool.take(self.threads * 2 * size) as scratch:
+            self.team.run(
+                encode_split_tiles if in_pieces else encode_tiles,
+                wave_bn,
+                plan,
+                conv_layers.panels,
+                conv_layers.vectors,
+                first_panels,
+                first_bias,
+                ACTIVATION_CODES[activation],
+                eps,
+                out.reshape(batch, -1),
+                tiles,
+                scratch.reshape(self.threads, 2, size),
+                start_of_count(),
+            )
         return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         x = own(x)
-        out = np.empty_like(x)
+        out = fresh(*x.shape)
         size = x.shape[-1]
         flat = (x.reshape(-1), x.size // size, size)
         self.team.run(normalize_rows, *flat, own(weight), own(bias), eps, out.reshape(-1))
@@ -267,7 +196,7 @@ class Kernels:
 
     def linear_add_norm(self, x: Array, linear_weights: Linear, residual: Array, norm: Norm, eps: float) -> Array:
         x, residual = own(x), own(residual)
-        out = np.empty_like(residual)
+        out = fresh(*residual.shape)
         depth, size = x.shape[-1], residual.shape[-1]
         self.team.run(
             linear_norm_rows,
@@ -282,6 +211,7 @@ class Kernels:
             norm.bias,
             eps,
             out.reshape(-1),
+            start_of_count(),
         )
         return out
 
@@ -295,32 +225,34 @@ class Kernels:
         eps: float,
     ) -> Array:
         x = own(x_btd)
-        out = np.empty_like(x)
+        out = fresh(*x.shape)
         size, inner = x.shape[-1], len(intermediate.bias)
-        with self.pool.take(self.threads * ROW_BLOCK * inner) as scratch:
-            self.team.run(
-                feed_forward_rows,
-                x.reshape(-1),
-                x.size // size,
-                size,
-                intermediate.weight.reshape(-1),
-                inner,
-                intermediate.bias,
-                ACTIVATION_CODES[activation],
-                output.weight.reshape(-1),
-                output.bias,
-                norm.weight,
-                norm.bias,
-                eps,
-                out.reshape(-1),
-                scratch.reshape(self.threads, ROW_BLOCK * inner),
-            )
+        weights = (
+            x.reshape(-1),
+            x.size // size,
+            size,
+            intermediate.weight.reshape(-1),
+            inner,
+            intermediate.bias,
+            ACTIVATION_CODES[activation],
+            output.weight.reshape(-1),
+            output.bias,
+            *norm,
+            eps,
+            out.reshape(-1),
+        )
+        if intermediate.weight.dtype == output.weight.dtype == np.uint16:
+            self.team.run(feed_forward_split_rows, *weights, start_of_count())
+            return out
+        size = (ROW_BLOCK + SIDE) * inner
+        with self.pool.take(self.threads * size) as scratch:
+            self.team.run(feed_forward_rows, *weights, scratch.reshape(self.threads, size), start_of_count())
         return out
 
     def linear(self, x: Array, weight: Array, bias: Array, activation: str = "linear") -> Array:
         x = own(x)
         depth, outputs = x.shape[-1], len(bias)
-        out = np.empty((*x.shape[:-1], outputs), np.float32)
+        out = fresh(*x.shape[:-1], outputs)
         self.team.run(
             linear_rows,
             x.reshape(-1),
@@ -331,6 +263,7 @@ class Kernels:
             own(bias),
             ACTIVATION_CODES[activation],
             out.reshape(-1),
+            start_of_count(),
         )
         return out
 
@@ -338,7 +271,7 @@ class Kernels:
         x_bsd = own(x_bsd)
         batch, frames, d = x_bsd.shape
         t = frames // factor
-        out = np.empty((batch, t, d), np.float32)
+        out = fresh(batch, t, d)
         size = (frames + 2 * (conv.kernel // 2)) * (d // conv.groups)
         with self.pool.take(self.threads * 2 * size) as scratch:
             for x_sd, out_td in zip(x_bsd, out, strict=True):
@@ -372,15 +305,15 @@ class Kernels:
         qkv = own(qkv)
         batch, frames, width = qkv.shape
         d = width // 3
-        out = np.empty((batch, frames, d), np.float32)
-        shape = shape_of(batch, frames, heads, d // heads, len(positions.queries) > 0, index)
+        out = fresh(batch, frames, d)
+        shape = shape_of(batch, frames, heads, d // heads, positions.rows, index)
         lengths = np.full(batch, frames) if lengths_b is None else np.minimum(lengths_b, frames).astype(np.int64)
         _, *walk = Distances(0, np.empty(0, np.int32), 0, 0, 0, 0) if index is None else index
         zeros = np.zeros(max(shape.row, shape.columns, shape.size), np.float32)
         shared_size = batch * heads * shape.pair
         with self.pool.take(shared_size + self.threads * shape.block) as scratch:
             shared, blocks = scratch[:shared_size], scratch[shared_size:].reshape(self.threads, shape.block)
-            self.team.run(gather_keys, qkv.reshape(-1), shape, *positions, zeros, lengths, shared)
+            self.team.run(gather_keys, qkv.reshape(-1), shape, positions.keys, lengths, shared)
             self.team.run(
                 attend,
                 qkv.reshape(-1),
@@ -395,14 +328,15 @@ class Kernels:
                 out.reshape(-1),
                 shared,
                 blocks,
+                start_of_count(),
             )
         return out
 
     def attention_bytes(self, batch: int, heads: int, frames: int, itemsize: int, explicit: bool) -> int:
         if explicit:
             return attention.attention_bytes(batch, heads, frames, itemsize, explicit)
-        # A frame and head keep up to 512 numbers of P, their key and value, and a share of the blocks: below 1,024.
-        return itemsize * batch * heads * frames * 1024
+        # A frame and head keep their key and value, below 512 numbers, and a frame its scores in each thread's block.
+        return itemsize * frames * (batch * heads * 512 + self.threads * QUERIES)
 
     def content_to_position(self, q_btd: Array, pos_key_hpe: Array, index: Distances, scale: float) -> Array:
         pair_index = index_by_pair(index, pos_key_hpe.shape[1] // 2)

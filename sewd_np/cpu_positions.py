@@ -18,10 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sewd_np.attention import log_bucket
-from sewd_np.cpu_amx import BLOCK, pack_split
+from sewd_np.cpu_amx import BLOCK, DEPTH, SIDE, pack_split
 from sewd_np.cpu_gemm import aligned, pack
 from sewd_np.cpu_lines import LINE, add_line, copy_line, mix_line
 from sewd_np.cpu_math import vector_kernel
+from sewd_np.cpu_split import split_rows
 
 Array = np.ndarray
 
@@ -30,7 +31,10 @@ class Positions(NamedTuple):
     """A layer's projected position table, back to front, for the fused kernel; empty arrays where a term is absent."""
 
     keys: Array  # flat: a head's PKᵀ (e, p) packed, one head after another
-    queries: Array  # flat (h, p, e), divided by the score scale
+    # (h, p, e) divided by the score scale: flat float32, or a head's pieces as ``split_rows`` lays them out, one head
+    # after another.
+    queries: Array
+    rows: int  # p, 0 without tables
 
 
 class Distances(NamedTuple):
@@ -51,10 +55,22 @@ def pack_positions(pos_key_hpe: Array | None, pos_query_hpe: Array | None, scale
         heads = [(pack_split if split else pack)(head[::-1].T).reshape(-1) for head in pos_key_hpe]
         keys = aligned(sum(map(len, heads)), heads[0].dtype)
         np.concatenate(heads, out=keys)
-    queries = np.zeros(0, np.float32)
+    queries = np.zeros(0, keys.dtype)
     if pos_query_hpe is not None:
         queries = (pos_query_hpe[:, ::-1] / scale).astype(np.float32).reshape(-1)
-    return Positions(keys, queries)
+        if split:
+            queries = split_heads(queries, *pos_query_hpe.shape)
+    rows = max(0 if table is None else table.shape[1] for table in (pos_key_hpe, pos_query_hpe))
+    return Positions(keys, queries, rows)
+
+
+def split_heads(table_hpe: Array, heads: int, rows: int, size: int) -> Array:
+    """A flat table (h, p, e) as pieces, head after head, and SIDE lines more: the last tile may read so far."""
+    pieces = aligned(2 * table_hpe.size + SIDE * DEPTH, np.uint16)
+    pieces[:] = 0
+    for h in range(heads):
+        split_rows(table_hpe, h * rows * size, size, rows, size, pieces[2 * h * rows * size :])
+    return pieces
 
 
 def distances(frames: int, buckets: int, max_distance: int, span: int) -> Distances:
@@ -106,28 +122,29 @@ def add_by_bucket(scores, by_bucket, buckets, near, step, stop, far):
 
 
 @vector_kernel
-def add_by_key_v1(scores, score_stride, queries, by_key, key_stride, key, lowest, buckets, shear):
+def add_by_key_v1(scores, score_stride, queries, by_key, key_stride, origin, key, lowest, buckets, shear):
     """Rung 1 of ``add_by_key``: what it does, number by number, down the diagonals of P."""
     for a in range(queries):
         for c in range(LINE):
             bucket = np.int64(buckets[lowest + queries - 1 - a + c])
-            scores[a * score_stride + key + c] += by_key[bucket * key_stride + key + c]
+            scores[a * score_stride + key + c] += by_key[bucket * key_stride + key + c - origin]
 
 
 @vector_kernel
-def add_by_key(scores, score_stride, queries, by_key, key_stride, key, lowest, buckets, shear):
+def add_by_key(scores, score_stride, queries, by_key, key_stride, origin, key, lowest, buckets, shear):
     """scores[a, key + l] += P[r(lowest + queries − 1 − a + l), key + l] for ``queries`` rows a and LINE keys l.
 
-    buckets[q] is r of the difference q; ``lowest`` that of the last query and the first key. ``by_key`` is P, flat with
-    rows of ``key_stride``; ``shear`` (queries + LINE, LINE) scratch.
+    buckets[q] is r of the difference q; ``lowest`` that of the last query and the first key. ``by_key`` is a part of P,
+    flat with rows of ``key_stride``, that begins ``origin`` numbers behind P's first row and key. ``shear`` (queries +
+    LINE, LINE) is scratch.
     """
     count = queries + LINE - 1
     if buckets[lowest] == buckets[lowest + count - 1]:  # far away: one bucket for all
         for a in range(queries):
-            add_line(scores, a * score_stride + key, by_key, np.int64(buckets[lowest]) * key_stride + key)
+            add_line(scores, a * score_stride + key, by_key, np.int64(buckets[lowest]) * key_stride + key - origin)
         return
     for q in range(count):
-        copy_line(shear, q * LINE, by_key, np.int64(buckets[lowest + q]) * key_stride + key)
+        copy_line(shear, q * LINE, by_key, np.int64(buckets[lowest + q]) * key_stride + key - origin)
     for bit in (1, 2, 4, 8):
         count -= bit
         for q in range(count):

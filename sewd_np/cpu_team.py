@@ -1,4 +1,4 @@
-"""Who runs the CPU kernels and where: a team of threads, and a pool of scratch memory."""
+"""Who runs the CPU kernels and where: a team of threads, how they share out work, and a pool of scratch memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
 
 from sewd_np.cpu_gemm import aligned
 
@@ -20,6 +23,33 @@ Array = np.ndarray
 def cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def claim(counter: Array) -> int:
+    """The number in ``counter`` (1,), which becomes one more: each caller of all threads gets another one.
+
+    Where work comes in many like pieces, each thread takes the next when it is done with one. Two cores are seldom
+    equally fast: what else the machine does, or another tenant of it, slows one of them. Who computes a piece makes no
+    difference to it.
+    """
+    taken = int(counter[0])
+    counter[0] += 1
+    return taken
+
+
+@intrinsic
+def _claim(typing_context, address):  # type: ignore[no-untyped-def]
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.int64), emit
+
+
+@overload(claim, inline="always")
+def _compiled_claim(counter):  # type: ignore[no-untyped-def]  # Numba compares its signature with the next one
+    return lambda counter: _claim(counter.ctypes.data)  # type: ignore[call-arg]
 
 
 class Team:

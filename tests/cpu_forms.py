@@ -15,11 +15,33 @@ import numpy as np
 import pytest
 from numba.core.registry import CPUDispatcher
 
-from sewd_np import cpu_amx, cpu_attention, cpu_conv, cpu_gemm, cpu_kernels, cpu_lines, cpu_math, cpu_positions
+from sewd_np import (
+    cpu_amx,
+    cpu_attention,
+    cpu_conv,
+    cpu_gemm,
+    cpu_kernels,
+    cpu_lines,
+    cpu_math,
+    cpu_positions,
+    cpu_rows,
+    cpu_split,
+)
 from sewd_np.cpu_kernels import Kernels
 
 Array = np.ndarray
-MODULES = (cpu_lines, cpu_math, cpu_gemm, cpu_amx, cpu_positions, cpu_conv, cpu_attention, cpu_kernels)
+MODULES = (
+    cpu_lines,
+    cpu_math,
+    cpu_gemm,
+    cpu_amx,
+    cpu_split,
+    cpu_positions,
+    cpu_conv,
+    cpu_attention,
+    cpu_rows,
+    cpu_kernels,
+)
 # float32 rounds each of up to some 1,000 sums by 2^-24; exp and erf add 5e-7.
 TOLERANCE = 2e-5
 # The matrix unit's numbers are good to 2^-17 = 8e-6 each. Errors of a sum's terms have either sign and grow as its

@@ -14,11 +14,13 @@ import numba
 import numpy as np
 import pytest
 
-from sewd_np import cpu_amx, cpu_conv, cpu_gemm, cpu_kernels
+from sewd_np import cpu_amx, cpu_conv, cpu_gemm, cpu_kernels, cpu_split
 from sewd_np.config import SEWDConfig
-from sewd_np.cpu_amx import BLOCK, DEPTH, SIDE, multiply, pack_split
-from sewd_np.cpu_kernels import ROW_BLOCK, Kernels
+from sewd_np.cpu_amx import BLOCK, DEPTH, SIDE, pack_split
+from sewd_np.cpu_kernels import Kernels
 from sewd_np.cpu_positions import distances, pack_positions
+from sewd_np.cpu_rows import INNER, ROW_BLOCK
+from sewd_np.cpu_split import multiply
 from sewd_np.params import Conv, Linear, Norm, random_params
 from sewd_np.trace import error_between
 from tests import cpu_forms, reference
@@ -91,11 +93,11 @@ def multiplied(a: Array, start: int, stride: int, m: int, k: int, b: Array, bias
     c = np.full(before + m * (n + gap) + 5, np.nan, np.float32)
     skip = cpu_amx.PANEL_STEP  # B from somewhere behind other panels
     panels = np.concatenate([np.full(skip, 0x7FC0, np.uint16), pack_split(b)])
-    size, around = cpu_amx.room_size((m - 1) * stride + k, stride), 40 + shift
+    size, around = cpu_split.room_size((m - 1) * stride + k, stride), 40 + shift
     memory = np.full(size + 2 * around, 7, np.uint16)
     room = memory[around : around + size]
     room[:] = 0x7FC0  # NaN: what surplus rows are computed from
-    cpu_amx.product_split(a, start, stride, m, k, panels, skip, n, bias, c, before, n + gap, room)
+    cpu_split.product_split(a, start, stride, m, k, panels, skip, n, bias, c, before, n + gap, room)
     assert (memory[:around] == 7).all() and (memory[around + size :] == 7).all()
     rows = c[before : before + m * (n + gap)].reshape(m, n + gap)
     assert np.isnan(c[:before]).all() and np.isnan(c[before + m * (n + gap) :]).all() and np.isnan(rows[:, n:]).all()
@@ -182,13 +184,13 @@ def test_multiply_goes_by_how_b_is_packed(split_form: str, rng: np.random.Genera
 
     results = []
     for panels in (cpu_gemm.pack(b).reshape(-1), pack_split(b)):
-        room = cpu_amx.room_for(panels, m * k, k)
+        room = cpu_split.room_for(panels, m * k, k)
         assert room.dtype == np.uint16 and (len(room) == 0) == (panels.dtype == np.float32)
         want, got = np.zeros((2, m * n), np.float32)
         if panels.dtype == np.float32:
             cpu_gemm.product(a, 0, k, m, k, panels, 0, n, bias, want, 0, n)
         else:
-            cpu_amx.product_split(a, 0, k, m, k, panels, 0, n, bias, want, 0, n, room)
+            cpu_split.product_split(a, 0, k, m, k, panels, 0, n, bias, want, 0, n, room)
         call(a, 0, k, m, k, panels, 0, n, bias, got, 0, n, room)
         np.testing.assert_array_equal(got, want)
         results.append(got)
@@ -200,7 +202,7 @@ def test_multiply_goes_by_how_b_is_packed(split_form: str, rng: np.random.Genera
 
 @in_forms("rows", [1, 2, 33, ROW_BLOCK - 1, ROW_BLOCK + 1, 2 * ROW_BLOCK + 5], python=[1, 33])
 def test_dense_layers(split_form: str, rng: np.random.Generator, rows: int) -> None:
-    depth, d, inner = 64, 32, 96
+    depth, d, inner = 64, 32, INNER + 96
     x, residual = normal(rng, 1, rows, depth), normal(rng, 1, rows, d)
     norm = Norm(normal(rng, d), normal(rng, d))
     first, into, out_of = (Linear(normal(rng, k, n), normal(rng, n)) for k, n in ((depth, d), (d, inner), (inner, d)))

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 import pytest
 
 from sewd_np import cpu_conv, cpu_kernels, cpu_math, layers
 from sewd_np.config import ACTIVATIONS
 from sewd_np.cpu_gemm import COLUMNS, ROWS, pack
-from sewd_np.cpu_kernels import ROW_BLOCK, Kernels
+from sewd_np.cpu_kernels import Kernels
+from sewd_np.cpu_rows import ROW_BLOCK
+from sewd_np.cpu_team import claim
 from sewd_np.params import Conv, Linear, Norm
 from sewd_np.trace import error_between
 from tests import cpu_forms, naive
@@ -253,6 +256,27 @@ def test_a_team_shares_out_a_kernel_and_raises_what_it_raised() -> None:
         for at in range(size):
             with pytest.raises(ArithmeticError, match=f"worker {at} of {size}"):
                 cpu_kernels.Team(size).run(fails, at)
+
+
+@numba.njit(nogil=True)
+def takes_all(counter, taken, count, worker, workers):  # type: ignore[no-untyped-def]
+    """Marks what this worker got, until all is gone."""
+    for _ in range(count):
+        piece = claim(counter)
+        if piece >= count:
+            break
+        taken[worker, piece] += 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_piece_of_work_is_taken_once(size: int) -> None:
+    """Whoever takes it; compiled, where threads claim at the same time, and in Python."""
+    count = 100_000
+    taken = np.zeros((size, count), np.int64)
+    cpu_kernels.Team(size).run(takes_all, np.zeros(1, np.int64), taken, count)
+    np.testing.assert_array_equal(taken.sum(axis=0), np.ones(count))
+    counter = np.array([7])
+    assert [claim(counter) for _ in range(3)] == [7, 8, 9]
 
 
 def test_scratch_memory_is_never_in_two_hands() -> None:

@@ -9,7 +9,18 @@ import numba
 import numpy as np
 import pytest
 
-from sewd_np.cpu_lines import LINE, add_line, copy_line, max_line, mix_line, pair_line, split_line
+from sewd_np.cpu_lines import (
+    LINE,
+    add_line,
+    copy_line,
+    exp_line,
+    exp_pieces,
+    max_line,
+    mix_line,
+    pair_line,
+    split_line,
+    split_lines,
+)
 from tests import cpu_forms
 from tests.cpu_forms import normal
 
@@ -35,6 +46,9 @@ ADD = both(lambda target, t, source, s: add_line(target, t, source, s))
 MAX = both(lambda target, t, source, s: max_line(target, t, source, s))
 MIX = both(lambda target, t, source, s, bit: mix_line(target, t, source, s, bit))
 PAIR = both(lambda target, t, even, e, odd, o: pair_line(target, t, even, e, odd, o))
+EXP = both(lambda x, i, largest, a, sums, t: exp_line(x, i, largest, a, sums, t))
+EXP_PIECES = both(lambda pieces, u, w, x, i, largest, a, sums, t: exp_pieces(pieces, u, w, x, i, largest, a, sums, t))
+SPLIT_TWO = both(lambda pieces, u, w, x, i: split_lines(pieces, u, w, x, i))
 SPLIT = both(lambda upper, u, lower, w, x, i: split_line(upper, u, lower, w, x, i))
 
 
@@ -157,3 +171,88 @@ def test_pieces_of_what_is_no_number() -> None:
     words = 0x7F80_0000 + payloads
     upper, lower = pieces_of(from_bits(np.concatenate([words, words | 0x8000_0000])))
     assert (np.isnan(upper) | np.isnan(lower)).all()
+
+
+def test_two_lines_in_pieces_are_each_line_in_pieces(rng: np.random.Generator) -> None:
+    for special in (False, True):
+        for u, w, i in ((0, 2 * LINE, 0), (3, 50, 7), (64, 1, LINE)):
+            x = some(rng, special)
+            want, got, written = np.full((3, 7 * LINE), 77, np.uint16)
+            for line in (0, LINE):
+                SPLIT[0](want, u + line, want, w + line, x, i + line)
+            SPLIT_TWO[0](got, u, w, x, i)
+            np.testing.assert_array_equal(got, want)
+            with np.errstate(invalid="ignore"):
+                SPLIT_TWO[1](written, u, w, x, i)
+            finite = np.isfinite(np.concatenate([x[i : i + 2 * LINE]]))
+            for at in (u, w):
+                np.testing.assert_array_equal(written[at:][: 2 * LINE][finite], want[at:][: 2 * LINE][finite])
+
+
+# ---------------------------------------------------------------------- exponentials
+
+
+def scores_up_to(rng: np.random.Generator, largest: float) -> Array:
+    """Four lines of scores, of every size below ``largest``, ends and −∞ among them."""
+    ends = [0, 0, 87.3, 87.4, 1e30, np.inf]
+    below = np.concatenate([rng.uniform(0, 20, 3 * LINE), rng.uniform(80, 90, LINE - len(ends)), ends])
+    return (largest - rng.permutation(below)).astype(np.float32)
+
+
+def exact_exp(scores: Array, largest: float) -> Array:
+    """e^(score − largest) of the float32 difference, 0 where the float32 would not be normal."""
+    power = (scores - np.float32(largest)).astype(np.float64)
+    return np.where(power < -87.33, 0, np.exp(power))
+
+
+def test_a_line_of_exponentials(rng: np.random.Generator) -> None:
+    for largest in (0.0, 3.7, -1e3):
+        for i, t in ((0, 0), (5, 3), (LINE, LINE)):
+            scores, before = scores_up_to(rng, largest), normal(rng, 3 * LINE)
+            want = exact_exp(scores[i : i + LINE], largest)
+            for function in EXP:
+                x, sums = scores.copy(), before.copy()
+                function(x, i, np.array([9, largest], np.float32), 1, sums, t)
+                np.testing.assert_allclose(x[i : i + LINE], want, rtol=5e-7, atol=0)
+                np.testing.assert_array_equal(sums[t : t + LINE], before[t : t + LINE] + x[i : i + LINE])
+                x[i : i + LINE], sums[t : t + LINE] = scores[i : i + LINE], before[t : t + LINE]
+                np.testing.assert_array_equal(x, scores)
+                np.testing.assert_array_equal(sums, before)
+
+
+def test_two_lines_of_exponentials_in_pieces(rng: np.random.Generator) -> None:
+    """Both pieces together are the exponential to 17 bits, and nothing else is written but the sums."""
+    for largest in (0.0, 3.7, -1e3):
+        for i, u, w, t in ((0, 0, 2 * LINE, 0), (5, 3, 70, 3), (2 * LINE, 64, 0, LINE)):
+            scores, before = scores_up_to(rng, largest), normal(rng, 3 * LINE)
+            want = exact_exp(scores[i : i + 2 * LINE], largest)
+            for function in EXP_PIECES:
+                x, sums, pieces = scores.copy(), before.copy(), np.full(7 * LINE, 77, np.uint16)
+                function(pieces, u, w, x, i, np.array([largest], np.float32), 0, sums, t)
+                np.testing.assert_array_equal(x, scores)
+                upper, lower = (
+                    (pieces[at : at + 2 * LINE].astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+                    for at in (u, w)
+                )
+                np.testing.assert_allclose(upper + lower, want, rtol=1e-5, atol=1e-38)
+                added = sums[t : t + LINE].astype(np.float64) - before[t : t + LINE]
+                np.testing.assert_allclose(added, want[:LINE] + want[LINE:], rtol=1e-5, atol=1e-6)
+                pieces[u : u + 2 * LINE] = pieces[w : w + 2 * LINE] = 77
+                assert (pieces == 77).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("scores", [[np.nan], [np.inf], [np.array(0xFFFFFFFF, np.uint32).view(np.float32)]])
+def test_exponentials_of_what_is_no_number(scores: list[float]) -> None:
+    """NaN, and ∞ beside a largest of ∞: the sum says so."""
+    x = np.zeros(2 * LINE, np.float32)
+    x[3] = scores[0]
+    largest = np.array([np.inf if scores[0] == np.inf else 0], np.float32)
+    for function in EXP:
+        sums = np.zeros(LINE, np.float32)
+        function(x.copy(), 0, largest, 0, sums, 0)
+        assert np.isnan(sums[3]) and not np.isnan(np.delete(sums, 3)).any()
+    for function in EXP_PIECES:
+        sums = np.zeros(LINE, np.float32)
+        function(np.zeros(4 * LINE, np.uint16), 0, 2 * LINE, x, 0, largest, 0, sums, 0)
+        assert np.isnan(sums[3]) and not np.isnan(np.delete(sums, 3)).any()

@@ -83,12 +83,14 @@ def test_a_strip_of_keys_by_key(form: str, rng: np.random.Generator, buckets: in
                 for a in range(count):
                     bucket = index.buckets[lowest + count - 1 - a + keys]
                     want[a, key + keys] += by_key[bucket, key + keys]
+                part = int(rng.integers(0, key + 1))  # of P: it may begin anywhere before what is wanted
                 cpu_positions.add_by_key(
                     scores.reshape(-1),
                     stride,
                     count,
-                    by_key.reshape(-1),
+                    by_key.reshape(-1)[part:],
                     stride,
+                    part,
                     int(key),
                     lowest,
                     index.buckets,

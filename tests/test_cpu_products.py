@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from sewd_np import cpu_gemm, cpu_kernels
+from sewd_np import cpu_gemm, cpu_rows
 from sewd_np.cpu_gemm import COLUMNS, FEW_ROWS, ROWS
 from sewd_np.cpu_kernels import Kernels
 from sewd_np.trace import error_between
@@ -76,5 +76,5 @@ def test_the_first_rungs_equal_the_last(form: str, rng: np.random.Generator) -> 
         assert error_between(c.reshape(m, n), multiplied(a, 0, k, m, k, b, bias)) <= TOLERANCE
         x, weight, shift = 2 + normal(rng, m, n), normal(rng, n), normal(rng, n)
         out = np.empty_like(x)
-        cpu_kernels.layer_norm_v1(x, weight, shift, 1e-5, out)
+        cpu_rows.layer_norm_v1(x, weight, shift, 1e-5, out)
         assert error_between(Kernels(1).layer_norm(x, weight, shift, 1e-5), out) <= TOLERANCE
