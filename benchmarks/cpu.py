@@ -258,7 +258,6 @@ PEER_MEMORY, PEER_SECONDS = 16 * 2**30, 200  # the most that a peer may take in 
 
 def peer_time(which: str, seconds: float, rounds: int) -> float | str:
     """Median seconds of one pass of a peer, in a process of its own; or in words why there is none."""
-
     memory = int(min(PEER_MEMORY, available_memory() or PEER_MEMORY))
 
     def limit() -> None:

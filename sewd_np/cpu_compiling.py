@@ -13,9 +13,9 @@ from functools import cache
 from numba.core.event import Event, Listener, register
 
 LOGGER = "sewd_np"
-ONCE = "sewd_np: compiling the CPU kernels for this machine (once, about half a minute; they are kept on disk) ..."
+ONCE = "sewd_np: compiling the CPU kernels for this machine (once, under a minute; they are kept on disk) ..."
 EACH_TIME = (
-    "sewd_np: compiling the CPU kernels (about half a minute, in every process: no folder that would keep them can be "
+    "sewd_np: compiling the CPU kernels (under a minute, in every process: no folder that would keep them can be "
     "written to; name one in NUMBA_CACHE_DIR) ..."
 )
 

@@ -1,10 +1,10 @@
 """Dense layers on the CPU, rows by rows: products with what follows them, while their results are in the cache.
 
 Every kernel here takes arrays flat and does blocks of rows, each worker one after another (``counter`` is 0, for
-``cpu_team.claim``): a linear layer and its activation;
-one with residual and norm; a feed-forward block. Its wide middle, four times the width of the model, is never written
-to memory. On the matrix unit it never exists as a whole: INNER columns of it are computed, activated and split into
-pieces, block by block, and multiplied with their rows of the second matrix at once (``feed_forward_split_rows``).
+``cpu_team.claim``): a linear layer and its activation; one with residual and norm; a feed-forward block. Its wide
+middle, four times the width of the model, is never written to memory. On the matrix unit it never exists as a whole:
+INNER columns of it are computed, activated and split into pieces, block by block, and multiplied with their rows of the
+second matrix at once (``feed_forward_split_rows``).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def load(
     AMX): logits are then good to some 2e-5 of the largest instead of 2e-6, in half to two thirds of the time. "highest"
     multiplies in float32 everywhere, as "high" does on a machine without the unit.
 
-    "numba" compiles its kernels when they are first used on a machine, about half a minute, and keeps them on disk;
+    "numba" compiles its kernels when they are first used on a machine, within a minute, and keeps them on disk;
     logger "sewd_np" says so, on standard error if no logging is set up. See ``checkpoint.load_model`` for errors.
     """
     from sewd_np.checkpoint import load_model
