@@ -234,10 +234,10 @@ def cold() -> None:
 
 
 PEER = """
-import statistics, sys, time
+import sys, time
 import torch
 from benchmarks import cpu, peers
-which, seconds, rounds = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+which, seconds = sys.argv[1], float(sys.argv[2])
 torch.set_num_threads(2)
 reference, wave_bn = peers.transformers_model("tiny"), peers.audio(seconds)
 if which == "transformers":
@@ -246,24 +246,21 @@ else:
     session = peers.onnx_session(reference, wave_bn.shape[1], 2)
     call = lambda: session.run(None, {"x": wave_bn})
 call()
-times = []
-for _ in range(rounds):
-    start = time.perf_counter()
-    call()
-    times.append(time.perf_counter() - start)
-print(statistics.median(times))
+start = time.perf_counter()
+call()
+print(time.perf_counter() - start)
 """
 PEER_MEMORY, PEER_SECONDS = 16 * 2**30, 200  # the most that a peer may take in the plot
 
 
-def peer_time(which: str, seconds: float, rounds: int) -> float | str:
-    """Median seconds of one pass of a peer, in a process of its own; or in words why there is none."""
+def peer_time(which: str, seconds: float) -> float | str:
+    """Seconds of a peer's second pass, in a process of its own; or in words why there is none."""
     memory = int(min(PEER_MEMORY, available_memory() or PEER_MEMORY))
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
-    command = [sys.executable, "-c", PEER, which, str(seconds), str(rounds)]
+    command = [sys.executable, "-c", PEER, which, str(seconds)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS, preexec_fn=limit)
     except subprocess.TimeoutExpired:
@@ -287,7 +284,7 @@ def plot(path: Path) -> None:
     ours = peers.our_model(reference, "numba", 2)
     lines: dict[str, list[tuple[float, float]]] = {"sewd_np, numba": [], "ONNX Runtime": [], "transformers": []}
     stops: dict[str, str] = {}
-    for seconds in (1, 3, 10, 30, 60, 180, 300, 600):
+    for seconds in (1, 3, 10, 30, 60, 180, 600):
         wave_bn = peers.audio(seconds)
         calls: dict[str, Callable[[], Any]] = {"sewd_np, numba": lambda wave_bn=wave_bn: ours(wave_bn)}
         if seconds <= 60:
@@ -298,7 +295,7 @@ def plot(path: Path) -> None:
             lines[name].append((seconds, value))
         for name in ("ONNX Runtime", "transformers") if seconds > 60 else ():  # by themselves: they may not survive it
             if name not in stops:
-                found = peer_time(name, seconds, 1)
+                found = peer_time(name, seconds)
                 if isinstance(found, str):
                     stops[name] = f"{seconds} s: {found}"
                 else:
