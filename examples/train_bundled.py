@@ -69,6 +69,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 DROPOUT = 0.05
 BATCH_SECONDS = 24.0  # of sound, which is seen twice
+BATCHES = 8  # made at a time
 CONSISTENCY = 0.2  # weight of the two views' disagreement
 RENEWED = 0.25  # seconds of sound put into the store for every second that is trained on
 STORE_HOURS = 10.0
@@ -165,16 +166,19 @@ class Store:
         self.frozen = frozen
 
     def batches(self) -> list[list[tuple[Any, str, int]]]:
-        """About eight batches of clips of like length, in random order: little is padded."""
+        """BATCHES batches of clips of like length, in random order: little is padded.
+
+        Never more or fewer: processes that train together must take every step together.
+        """
         chosen: list[tuple[Any, str, int]] = []
-        while sum(frames for _, _, frames in chosen) * FRAME < 8 * BATCH_SECONDS:
+        while sum(frames for _, _, frames in chosen) * FRAME < BATCHES * BATCH_SECONDS:
             chosen.append(self.clips[int(self.rng.integers(len(self.clips)))])
         batches: list[list[tuple[Any, str, int]]] = [[]]
         for clip in sorted(chosen, key=lambda clip: clip[2]):
             if batches[-1] and clip[2] * FRAME * (len(batches[-1]) + 1) > BATCH_SECONDS:
                 batches.append([])
             batches[-1].append(clip)
-        return [batches[i] for i in self.rng.permutation(len(batches))]
+        return [batches[i] for i in self.rng.permutation(len(batches))[:BATCHES]]
 
 
 def ctc(logits: Any, frames: Any, texts: list[str]) -> Any:

@@ -197,7 +197,9 @@ def test_the_store_keeps_its_size_and_its_batches_fit(monkeypatch: pytest.Monkey
     store.add(hf, [(wave, str(number)) for number, wave in enumerate(waves)])
     assert 17 < store.seconds <= 20  # no clip is longer than two seconds
     assert [text for _, text, _ in store.clips] == [str(number) for number in range(30)][-len(store.clips) :]
-    for batch in store.batches():
+    batches = store.batches()
+    assert len(batches) == script.BATCHES
+    for batch in batches:
         longest = max(frames for _, _, frames in batch)
         assert longest * len(batch) * data.FRAME <= 4.0
         for features, text, frames in batch:
