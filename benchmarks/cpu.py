@@ -272,13 +272,23 @@ def peer_time(which: str, seconds: float) -> float | str:
     return f"more than {memory / 2**30:.0f} GiB" if no_memory else last[0]
 
 
+def draw(path: Path, lines: dict[str, list[tuple[float, float]]], stops: dict[str, str]) -> None:
+    """The plot of ``plot``: (seconds of sound, seconds of a pass) of each, and why some stop before the end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
+        label = f"{name} (at {stops[name]})" if name in stops else name
+        axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=label)
+    axes.set(xlabel="length of recording [s]", ylabel="time of one pass [s]", title="SEW-D tiny, two CPU threads")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def plot(path: Path) -> None:
     """Time against length, 1 s to 10 min; the peers as far as memory allows, ONNX Runtime with one export a length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     torch.set_num_threads(2)
     reference = peers.transformers_model("tiny")
     ours = peers.our_model(reference, "numba", 2)
@@ -301,15 +311,7 @@ def plot(path: Path) -> None:
                 else:
                     lines[name].append((seconds, found))
         print(f"{seconds} s: " + ", ".join(f"{who} {points[-1]}" for who, points in lines.items()), stops, flush=True)
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
-        axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=name)
-        if name in stops:
-            axes.annotate(stops[name], points[-1], xytext=(4, 6), textcoords="offset points", color=colour, fontsize=8)
-    axes.set(xlabel="length of recording [s]", ylabel="time of one pass [s]", title="SEW-D tiny, two CPU threads")
-    axes.grid(True, which="major", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    draw(path, lines, stops)
     print(f"\n{path}: " + "; ".join(f"{name} {points}" for name, points in lines.items()))
     print("; ".join(f"{name} stops at {reason}" for name, reason in stops.items()) or "Nobody stops.")
 

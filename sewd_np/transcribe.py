@@ -152,7 +152,7 @@ def transcribe(
     edit: change intermediates of the model on the way, as in a model call; ``ablate`` has ready ones.
     batch_size: recordings of a list that a GPU (backend "cuda") works on at the same time; a batch takes recordings of
     about one length. Each result is what it would be alone, and they come in the order of the list. The other backends
-    gain nothing from running recordings together and take them one by one, whatever ``batch_size``.
+    take recordings of a list one by one, whatever ``batch_size``.
     precision: "high" or "highest", of backend "numba"'s products; see ``load``.
 
     Returns a ``Transcript``, or a list of them for a list. An unusable recording in a list stops the call, and the
