@@ -242,7 +242,7 @@ def optimizers_for(model: Any) -> list[Any]:
 def shared_mean(parameters: list[Any], seconds: float) -> float:
     """Make every process's gradients the mean of all, and give the mean of ``seconds``: all keep the same clock.
 
-    A step that took longer than ten seconds was a pause of the machine and does not count.
+    A step of more than ten seconds was a pause of the machine, and counts as ten.
     """
     if not dist.is_initialized():
         return min(seconds, 10.0)

@@ -65,7 +65,10 @@ def pack_positions(pos_key_hpe: Array | None, pos_query_hpe: Array | None, scale
 
 
 def split_heads(table_hpe: Array, heads: int, rows: int, size: int) -> Array:
-    """A flat table (h, p, e) as pieces, head after head, and SIDE lines more: the last tile may read so far."""
+    """A flat table (h, p, e) as pieces, head after head, and SIDE lines more: the last tile may read so far.
+
+    e is a multiple of DEPTH, so every head begins at a multiple of 64 bytes, as the table does.
+    """
     pieces = aligned(2 * table_hpe.size + SIDE * DEPTH, np.uint16)
     pieces[:] = 0
     for h in range(heads):

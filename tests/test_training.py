@@ -248,7 +248,7 @@ def test_processes_share_their_gradients_and_their_clock(tmp_path: Path) -> None
         assert all((gradient == 1.5).all() for gradient in gradients)
 
 
-def test_a_pause_is_not_training_time() -> None:
+def test_a_pause_counts_as_ten_seconds() -> None:
     assert script.shared_mean([], 0.5) == 0.5
     assert script.shared_mean([], 3600.0) == 10.0
 
