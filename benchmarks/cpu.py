@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import sewd_np
 from benchmarks import peers
 from sewd_np.info import count_multiply_adds
 from sewd_np.memory import available_memory
@@ -75,7 +76,7 @@ def speed() -> None:
 
 
 def throughput(clips: int = 64, seconds: float = 3) -> None:
-    """Many short recordings, in each one's best batch size."""
+    """Many short recordings, in each one's best batch size; and a list of unequal ones in ``transcribe``."""
     torch.set_num_threads(2)
     reference = peers.transformers_model("tiny")
     ours = peers.our_model(reference, "numba", 2)
@@ -86,6 +87,10 @@ def throughput(clips: int = 64, seconds: float = 3) -> None:
         theirs = [reference_call(reference, part) for part in parts]
         calls[f"ours, {batch}"] = lambda parts=parts: [ours(part) for part in parts]
         calls[f"theirs, {batch}"] = lambda theirs=theirs: [part() for part in theirs]
+    ours.processor = sewd_np.load("an4").processor
+    cut = [wave[: len(wave) - 97 * i] for i, wave in enumerate(waves)]  # no two of one length
+    calls["a list"] = lambda: sewd_np.transcribe(cut, ours)
+    calls["a list, one by one"] = lambda: sewd_np.transcribe(cut, ours, batch_size=1)
     t = peers.alternate(calls, 3)
     best = {who: min((name for name in t if who in name), key=lambda name: t[name]) for who in ("ours", "theirs")}
     print(f"\n## Throughput: {clips} clips of {seconds} s, tiny, 2 threads; batch sizes 1, 4, 8, 16\n")

@@ -24,8 +24,8 @@ class Operations:
     """One backend's operations. The NumPy functions of the same names define what each means."""
 
     name: str
-    # Whether recordings of unequal length, each to be treated as alone, run one by one: then the result is the same
-    # to the last bit. A backend that gains from running them together says False and gives the operations lengths.
+    # Whether recordings of unequal length, each to be treated as alone, run one by one. Where a row's arithmetic does
+    # not depend on what is beside it, they run together instead, and the operations are given their lengths.
     one_by_one: bool
     prepare: Callable[..., params.Weights]
     from_numpy: Callable[..., Any]
@@ -180,6 +180,7 @@ def _numba(threads: int | None, precision: str) -> Operations:
     return replace(
         NUMPY,
         name="numba",
+        one_by_one=False,
         describe=kernels.describe,
         prepare=kernels.prepare,
         feature_encoder=kernels.feature_encoder,

@@ -73,13 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="*", metavar="FILE", help="recordings; a bundled clip where none is given")
     command.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: {DEFAULT_MODEL})")
     _add_common(command)
-    command.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="files that backend cuda works on at the same time; results do not depend on it (default: 1)",
-    )
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("classify", help="print the likeliest labels of recordings")
@@ -124,6 +117,14 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads of backend numba (default: all cores)")
     command.add_argument("--precision", choices=PRECISIONS, help=f"{_PRECISION} (default: {PRECISIONS[0]})")
     command.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="take N files at a time, those of about one length together, not on numpy: quicker where they are short, "
+        "and the results are the same (default: 1, each is printed as soon as it is there)",
+    )
+    command.add_argument(
         "--output-format",
         choices=("text", "json"),
         default="text",
@@ -146,19 +147,11 @@ def _transcribe(options: argparse.Namespace) -> int:
     model = load_for("ctc", options.model, options.backend, options.threads, options.precision)
     if not options.files:
         _complain(f"no file given, so this is the bundled clip {CLIP.name}, made by text-to-speech.")
-    together = 1 if model.ops.one_by_one else max(options.batch_size, 1)  # transcribe refuses what is below 1
-
-    def recognize(paths: Sequence[str]) -> list[Transcript]:
-        if len(paths) == 1:
-            return [transcribe(paths[0], model=model, batch_size=options.batch_size)]
-        return transcribe(list(paths), model=model, batch_size=options.batch_size)
-
     return _for_each_file(
         options.files or [str(CLIP)],
-        recognize,
+        lambda paths: transcribe(paths, model=model, batch_size=options.batch_size),
         _transcript_json if options.output_format == "json" else _transcript_text,
-        options.backend,
-        together,
+        options,
     )
 
 
@@ -166,9 +159,9 @@ def _classify(options: argparse.Namespace) -> int:
     model = load_for("classification", options.model, options.backend, options.threads, options.precision)
     return _for_each_file(
         options.files,
-        lambda paths: [classify(path, model=model, top_k=options.top_k) for path in paths],
+        lambda paths: classify(paths, model=model, batch_size=options.batch_size, top_k=options.top_k),
         _labels_json if options.output_format == "json" else _labels_text,
-        options.backend,
+        options,
     )
 
 
@@ -222,18 +215,18 @@ def _look(options: argparse.Namespace, kind: str | None) -> Any:
 
 def _for_each_file(
     files: Sequence[str],
-    recognize: Callable[[Sequence[str]], list[Any]],
+    recognize: Callable[[Any], Any],
     form: Callable[[str, Any, bool], str],
-    backend: str,
-    together: int = 1,
+    options: argparse.Namespace,
 ) -> int:
     """Print each file's result as soon as it is there; a file that fails is complained of and passed over.
 
-    ``recognize`` gets ``together`` files at a time, or one. ``form`` gets a file, its result and whether it is one of
-    several. ``backend``: a GPU's first result is long in coming, and the user is told why.
+    ``recognize`` gets a list of files, ``--batch-size`` of them, or one by itself. ``form`` gets a file, its result and
+    whether it is one of several. A GPU's first result is long in coming, and the user is told why.
     """
     code = 0
-    waiting = _patience(backend)
+    waiting = _patience(options.backend)
+    together = max(options.batch_size, 1)  # recognize refuses what is below 1
     for start in range(0, len(files), together):
         for path, result in _results(files[start : start + together], recognize):
             if isinstance(result, MENDABLE):
@@ -245,10 +238,12 @@ def _for_each_file(
     return code
 
 
-def _results(paths: Sequence[str], recognize: Callable[[Sequence[str]], list[Any]]) -> list[tuple[str, Any]]:
+def _results(paths: Sequence[str], recognize: Callable[[Any], Any]) -> list[tuple[str, Any]]:
     """Each file with its result, or with the error that kept it from one; where one of several fails, one by one."""
     try:
-        return list(zip(paths, recognize(paths), strict=True))
+        if len(paths) == 1:  # by itself: an error should not say which of a list it is about
+            return [(paths[0], recognize(paths[0]))]
+        return list(zip(paths, recognize(list(paths)), strict=True))
     except MENDABLE as error:
         if len(paths) == 1:
             return [(paths[0], error)]

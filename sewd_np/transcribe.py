@@ -3,14 +3,15 @@
     read -> one channel at the model's rate -> processor (normalise) -> model -> greedy CTC -> words with times
                                                                               -> softmax -> labels with scores
 
-Each recording goes through the model by itself, or in a batch in which nobody sees the others' padding: what it gives
-never depends on what else is in the list.
+Recordings of a list that are about as long as each other share a model call, in which nobody sees the others' padding:
+what a recording gives never depends on what else is in the list.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
@@ -112,7 +113,7 @@ def transcribe(
     threads: int | None = ...,
     evidence: bool = ...,
     edit: Edit | None = ...,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     precision: str | None = ...,
 ) -> list[Transcript]: ...
 @overload
@@ -125,7 +126,7 @@ def transcribe(
     threads: int | None = ...,
     evidence: bool = ...,
     edit: Edit | None = ...,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     precision: str | None = ...,
 ) -> Transcript: ...
 def transcribe(
@@ -137,7 +138,7 @@ def transcribe(
     threads: int | None = None,
     evidence: bool = False,
     edit: Edit | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     precision: str | None = None,
 ) -> Transcript | list[Transcript]:
     """Transcribe a recording, or each of a list (or tuple) of them.
@@ -150,9 +151,9 @@ def transcribe(
     progress: draw a bar on standard error.
     evidence: keep the sound and the probabilities with the transcript, for ``plot.transcript`` and ``plot.attention``.
     edit: change intermediates of the model on the way, as in a model call; ``ablate`` has ready ones.
-    batch_size: recordings of a list that a GPU (backend "cuda") works on at the same time; a batch takes recordings of
-    about one length. Each result is what it would be alone, and they come in the order of the list. The other backends
-    take recordings of a list one by one, whatever ``batch_size``.
+    batch_size: how many recordings of a list share a model call at most, 8 if not given. Only those of about one length
+    do, up to ten minutes in all, and none on "numpy" or with an edit. Each result is what it would be alone (on "numba"
+    to the last bit), and they come in the order of the list.
     precision: "high" or "highest", of backend "numba"'s products; see ``load``.
 
     Returns a ``Transcript``, or a list of them for a list. An unusable recording in a list stops the call, and the
@@ -161,17 +162,12 @@ def transcribe(
     Raises ``AudioError``, ``OSError`` and ``MemoryError`` for a recording, ``ValueError`` for a model without a CTC
     head, and what ``load`` raises.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1.")
     recognizer = load_for("ctc", model, backend, threads, precision)
-    if batch_size > 1 and isinstance(audio, list | tuple) and not recognizer.ops.one_by_one:
-        return _in_batches(recognizer, audio, int(batch_size), sampling_rate, progress, edit, evidence)
 
-    def one(recording: Any) -> Transcript:
-        wave_n = hear(recognizer, recording, sampling_rate)
-        return read_transcript(recognizer, wave_n, _logits(recognizer, [wave_n], edit)[0], evidence)
+    def read(wave_n: np.ndarray, logits_sv: np.ndarray) -> Transcript:
+        return read_transcript(recognizer, wave_n, logits_sv, evidence)
 
-    return _each(audio, one, progress)
+    return _each(recognizer, audio, read, sampling_rate, progress, batch_size, edit)
 
 
 @overload
@@ -183,6 +179,7 @@ def classify(
     progress: bool = ...,
     top_k: int = ...,
     threads: int | None = ...,
+    batch_size: int | None = ...,
     precision: str | None = ...,
 ) -> list[list[Label]]: ...
 @overload
@@ -194,6 +191,7 @@ def classify(
     progress: bool = ...,
     top_k: int = ...,
     threads: int | None = ...,
+    batch_size: int | None = ...,
     precision: str | None = ...,
 ) -> list[Label]: ...
 def classify(
@@ -204,6 +202,7 @@ def classify(
     progress: bool = False,
     top_k: int = 5,
     threads: int | None = None,
+    batch_size: int | None = None,
     precision: str | None = None,
 ) -> list[Label] | list[list[Label]]:
     """The ``top_k`` likeliest labels of a recording, best first, or of each of a list; all if there are fewer.
@@ -215,7 +214,11 @@ def classify(
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
         raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
     classifier = load_for("classification", model, backend, threads, precision)
-    return _each(audio, lambda recording: _labels(classifier, recording, sampling_rate)[:top_k], progress)
+
+    def read(wave_n: np.ndarray, logits_l: np.ndarray) -> list[Label]:
+        return read_labels(classifier, logits_l)[:top_k]
+
+    return _each(classifier, audio, read, sampling_rate, progress, batch_size)
 
 
 def load_for(
@@ -252,65 +255,87 @@ def load_for(
     return loaded
 
 
-def _each(audio: Any, recognize: Callable[[Any], Result], progress: bool, first: int = 0) -> Any:
-    """``recognize`` applied to a recording, or to each of a list, one in memory at a time.
-
-    An error names the recording of a list, counted from ``first``.
-    """
-    from sewd_np.audio import AudioError
-
-    several = isinstance(audio, list | tuple)
-    recordings: Iterable[Any] = audio if several else [audio]
-    if progress:
-        from tqdm import tqdm
-
-        recordings = tqdm(recordings, unit="recording")
-    results = []
-    for index, recording in enumerate(recordings, first):
-        try:
-            results.append(recognize(recording))
-        except (AudioError, OSError, MemoryError) as error:
-            if not several:
-                raise
-            # NumPy's own MemoryError cannot be made from a message.
-            kind = MemoryError if isinstance(error, MemoryError) else type(error)
-            raise kind(f"audio[{index}]: {error}") from error
-    return results if several else results[0]
+TOGETHER = 8  # recordings in a model call, where nobody says how many: more gain nothing on a processor
+CALL_SECONDS = 600  # of sound in a call of several: memory grows with it
+READ_AHEAD = 16  # batches' worth of recordings, among which those of about one length are found
+MOST_PADDING = 1.2  # samples of a batch, padding included, over samples of sound
 
 
-SORTED_BATCHES = 16  # read ahead and sorted by length together: padding costs time, all of a long list costs memory
-
-
-def _in_batches(
+def _each(
     model: SEWDModel,
-    audio: Several,
-    batch_size: int,
+    audio: Recording | Several,
+    read: Callable[[np.ndarray, np.ndarray], Result],
     sampling_rate: float | None,
     progress: bool,
-    edit: Edit | None,
-    evidence: bool,
-) -> list[Transcript]:
-    """Transcripts of a list, ``batch_size`` recordings of about one length at a time, in the order of the list."""
-    results: dict[int, Transcript] = {}
-    window = SORTED_BATCHES * batch_size
-    starts: Iterable[int] = range(0, len(audio), window)
-    if progress:
-        from tqdm import tqdm
+    batch_size: int | None,
+    edit: Edit | None = None,
+) -> Any:
+    """``read`` (sound, logits) of a recording, or of each of a list, in the order of the list."""
+    if batch_size is None:
+        batch_size = TOGETHER
+    elif isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1.")
+    if not isinstance(audio, list | tuple):
+        wave_n = hear(model, audio, sampling_rate)
+        return read(wave_n, _logits(model, [wave_n], edit)[0])
+    if model.ops.one_by_one or edit is not None:  # an edit meets the recordings in order
+        batch_size = 1
+    from tqdm import tqdm
 
-        starts = tqdm(starts, unit_scale=window, unit="recording")
-    for start in starts:
-        waves = _each(
-            list(audio[start : start + window]),
-            lambda recording: hear(model, recording, sampling_rate),
-            progress=False,
-            first=start,
-        )
-        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
-        for chosen in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            together = _logits(model, [waves[i] for i in chosen], edit)
-            for i, logits_sv in zip(chosen, together, strict=True):
-                results[start + i] = read_transcript(model, waves[i], logits_sv, evidence)
+    assert model.processor is not None
+    most = CALL_SECONDS * model.processor.feature_extractor.sampling_rate
+    ahead = 1 if batch_size == 1 else READ_AHEAD * batch_size
+    results: dict[int, Result] = {}
+    with tqdm(total=len(audio), unit="recording", disable=not progress) as bar:
+        for waves in _read_ahead(model, audio, sampling_rate, ahead, 2 * most):
+            for chosen in _batches(waves, batch_size, most):
+                with _naming(chosen):
+                    logits = _logits(model, [waves[i] for i in chosen], edit)
+                results |= {i: read(waves[i], each) for i, each in zip(chosen, logits, strict=True)}
+                bar.update(len(chosen))
     return [results[i] for i in range(len(audio))]
+
+
+def _read_ahead(
+    model: SEWDModel, audio: Several, sampling_rate: float | None, count: int, most: int
+) -> Iterator[dict[int, np.ndarray]]:
+    """A list's recordings by their number, ``count`` or some ``most`` samples at a time: all might fill memory."""
+    waves: dict[int, np.ndarray] = {}
+    for i, recording in enumerate(audio):
+        with _naming([i]):
+            waves[i] = hear(model, recording, sampling_rate)
+        if len(waves) == count or sum(map(len, waves.values())) >= most:
+            yield waves
+            waves = {}
+    if waves:
+        yield waves
+
+
+def _batches(waves: dict[int, np.ndarray], batch_size: int, most: int) -> Iterator[list[int]]:
+    """The numbers of the recordings, shortest first, in batches: little padding, and at most ``most`` samples."""
+    batch: list[int] = []
+    for i in sorted(waves, key=lambda i: len(waves[i])):
+        samples = len(waves[i]) * (len(batch) + 1)
+        sound = len(waves[i]) + sum(len(waves[k]) for k in batch)
+        if batch and (len(batch) == batch_size or samples > min(most, MOST_PADDING * sound)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _naming(numbers: Sequence[int]) -> Iterator[None]:
+    """Say of an error which recordings of the list it is about."""
+    from sewd_np.audio import AudioError
+
+    try:
+        yield
+    except (AudioError, OSError, MemoryError) as error:
+        # NumPy's own MemoryError cannot be made from a message.
+        kind = MemoryError if isinstance(error, MemoryError) else type(error)
+        raise kind(f"{', '.join(f'audio[{i}]' for i in sorted(numbers))}: {error}") from error
 
 
 def hear(model: SEWDModel, recording: Any, sampling_rate: float | None = None) -> np.ndarray:
@@ -372,11 +397,10 @@ def read_transcript(model: SEWDModel, wave_n: np.ndarray, logits_sv: np.ndarray,
     )
 
 
-def _labels(model: SEWDModel, recording: Any, sampling_rate: float | None) -> list[Label]:
-    """All labels, best first; of equal scores the lower id first."""
+def read_labels(model: SEWDModel, logits_l: np.ndarray) -> list[Label]:
+    """All labels of a classifier's logits (labels,), best first; of equal scores the lower id first."""
     from sewd_np.losses import log_softmax
 
-    logits_l = _logits(model, [hear(model, recording, sampling_rate)])[0]
     scores_l = np.exp(log_softmax(logits_l))
     order = np.argsort(-scores_l, kind="stable")
     return [Label(model.config.id2label[int(i)], float(scores_l[i])) for i in order]

@@ -1,6 +1,7 @@
-"""Recordings run together, as a GPU runs them: each gives what it gives alone, in the order of the list.
+"""Recordings of a list share model calls: each gives what it gives alone, in the order of the list.
 
-The NumPy operations take valid lengths too, so that all of it but the GPU can be tried on the processor.
+The Numba backend does so, and a GPU. The NumPy operations take valid lengths too, so that the sums can be compared in
+float64.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sewd_np.config import SEWDConfig
 from sewd_np.model import SEWDForCTC, SEWDForSequenceClassification
 from sewd_np.params import random_params
 from sewd_np.trace import error_between
+from sewd_np.transcribe import _batches
 
 Array = np.ndarray
 TOGETHER = dataclasses.replace(NUMPY, one_by_one=False)
@@ -102,7 +104,7 @@ def test_transcribe_in_batches(recognizers: tuple[SEWDForCTC, SEWDForCTC], batch
 def test_long_lists_are_read_a_window_at_a_time(
     recognizers: tuple[SEWDForCTC, SEWDForCTC], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["sewd_np.transcribe"], "SORTED_BATCHES", 2)
+    monkeypatch.setattr(sys.modules["sewd_np.transcribe"], "READ_AHEAD", 2)
     _, together = recognizers
     recordings = [noise(1_000 + 700 * (i * 5 % 7), i) for i in range(11)]
     found = sewd_np.transcribe(recordings, together, batch_size=2, progress=True)
@@ -112,7 +114,72 @@ def test_long_lists_are_read_a_window_at_a_time(
         sewd_np.transcribe(recordings, together, batch_size=2)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 2.5, "4", True, None])
+@pytest.mark.parametrize("precision", ["high", "highest"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"feat_extract_norm": "layer"}, {"hidden_size": 64, "intermediate_size": 96}, {"conv_kernel_size": 3}],
+)
+def test_lists_on_numba_give_each_its_own_result_to_the_last_bit(
+    options: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes for which products run on the matrix unit, where there is one, and sizes for which they do not."""
+    ops = get_operations("numba", threads=2, precision=precision)
+    config, processor = config_with(id2label={i: str(i) for i in range(5)}, **options), sewd_np.load("an4").processor
+    recognizer = SEWDForCTC(config, random_params(config, "ctc"), ops, processor)
+    classifier = SEWDForSequenceClassification(config, random_params(config, "classification"), ops, processor)
+    recordings = [
+        noise(int(samples), i) for i, samples in enumerate(np.random.default_rng(1).integers(400, 30_000, 40))
+    ]
+    alone = [sewd_np.transcribe(recording, recognizer, evidence=True) for recording in recordings]
+    labels = [sewd_np.classify(recording, classifier) for recording in recordings]
+
+    calls: list[int] = []
+    logits = sys.modules["sewd_np.transcribe"]._logits
+    monkeypatch.setattr(
+        sys.modules["sewd_np.transcribe"], "_logits", lambda *each: [calls.append(len(each[1])), logits(*each)][1]
+    )
+    together = sewd_np.transcribe(recordings, recognizer, evidence=True)
+    assert sum(calls) == 40 and 1 < max(calls) <= 8 and len(calls) < 15
+    assert together == alone
+    for one, other in zip(together, alone, strict=True):
+        assert one.evidence is not None and other.evidence is not None
+        np.testing.assert_array_equal(one.evidence.log_probs_sv, other.evidence.log_probs_sv)
+    assert sewd_np.classify(recordings, classifier) == labels
+    calls.clear()
+    assert sewd_np.classify(recordings, classifier, batch_size=3) == labels
+    assert max(calls) == 3
+    calls.clear()
+    sewd_np.transcribe(recordings, recognizer, edit={"lm_head": lambda x: x})
+    assert calls == [1] * 40
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_batches_hold_recordings_of_about_one_length(batch_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 5_000, 200)
+    waves = {10 * i: np.zeros(length, np.float32) for i, length in enumerate(lengths)}
+    batches = list(_batches(waves, batch_size, most=12_000))
+    assert sorted(i for batch in batches for i in batch) == sorted(waves)
+    for batch in batches:
+        sizes = [len(waves[i]) for i in batch]
+        padded = max(sizes) * len(sizes)
+        assert len(batch) <= batch_size and padded <= 1.2 * sum(sizes) and padded <= 12_000
+    if batch_size == 8:
+        assert len(batches) < 70  # of some 1,200 samples here, as many as fit
+    assert list(_batches({3: np.zeros(50)}, batch_size, most=10)) == [[3]]  # one by itself may be longer
+
+
+def test_memory_that_a_batch_lacks_is_said_of_its_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise MemoryError("it does not fit.")
+
+    monkeypatch.setattr(sys.modules["sewd_np.transcribe"], "_logits", full)
+    with pytest.raises(MemoryError, match=r"^audio\[0\], audio\[2\]: it does not fit\.$"):
+        sewd_np.transcribe([noise(9_000), noise(30_000), noise(9_100)], sewd_np.load("an4"))
+    with pytest.raises(MemoryError, match=r"^it does not fit\.$"):
+        sewd_np.transcribe(noise(9_000), sewd_np.load("an4"))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "4", True])
 def test_batch_size_is_a_whole_number(recognizers: tuple[SEWDForCTC, SEWDForCTC], wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"batch_size is .*; it must be a whole number of at least 1"):
         sewd_np.transcribe(noise(1_000), recognizers[0], batch_size=wrong)
