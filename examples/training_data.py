@@ -223,6 +223,30 @@ def change_speed(wave: Array, factor: float) -> Array:
     return np.asarray(soxr.resample(wave, RATE * factor, RATE, quality="LQ"), np.float32)
 
 
+def change_tempo(wave: Array, factor: float) -> Array:
+    """Faster by ``factor`` with pitch and vowels as they were: 30 ms windows are moved and overlapped (WSOLA).
+
+    With ``change_speed`` it makes a speaker's size and haste independent of each other. Each window is taken where it
+    best goes on from the one before, within 8 ms of where it should be.
+    """
+    window, hop, search = 480, 240, 128
+    taper = np.hanning(window + 1)[:-1].astype(np.float32)  # two that overlap by half add up to one
+    count = int(len(wave) / factor / hop) + 1
+    source = np.pad(wave, (search, window + hop + 2 * search)).astype(np.float32)
+    out = np.zeros((count + 1) * hop, np.float32)
+    start = search
+    for k in range(count):
+        if k:
+            following = source[start + hop : start + hop + window]
+            first = int(k * hop * factor)  # of the places to try, the middle one being first + search
+            near = source[first : first + window + 2 * search]
+            ends = np.cumsum(near**2, dtype=np.float64)
+            energy = ends[window - 1 :] - np.r_[0, ends[:-window]]
+            start = first + int(np.argmax(np.correlate(near, following, "valid") / np.sqrt(energy + 1e-6)))
+        out[k * hop : k * hop + window] += taper * source[start : start + window]
+    return out[: int(len(wave) / factor)]
+
+
 def add_noise(wave: Array, noise: Array, decibels: float) -> Array:
     """Noise so loud that the signal-to-noise ratio is ``decibels``; the noise is repeated to the wave's length."""
     noise = np.resize(noise, len(wave))
@@ -271,13 +295,15 @@ def room_and_line(wave: Array, rng: np.random.Generator) -> Array:
 
 
 def augment(wave: Array, other: Callable[[], Array], rng: np.random.Generator, strength: float = 1.0) -> Array:
-    """A recording as it might have been: other speed, room, microphone, line, noise.
+    """A recording as it might have been: other speed, tempo, room, microphone, line, noise.
 
     ``other`` gives more speech, for babble. ``strength``, 0 to 1, says how often: a short training learns more from
     clips that are nearly as they were.
     """
     if rng.random() < 0.8:
         wave = change_speed(wave, 1 + strength * rng.uniform(-0.16, 0.2))
+    if rng.random() < 0.5:
+        wave = change_tempo(wave, 1 + strength * rng.uniform(-0.2, 0.25))
     if rng.random() < 0.25:
         wave = np.pad(wave, rng.integers(0, RATE // 3, 2))
     if rng.random() < 0.7 * strength:
