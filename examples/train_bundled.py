@@ -5,8 +5,8 @@
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
 1. *Data* (``training_data.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices, hours of
-   text-to-speech, AN4's words put together anew; each clip at another speed, in another room, over another line, in
-   other noise, every time.
+   text-to-speech, AN4's words put together anew; each clip at another speed and tempo, in another room, over another
+   line, in other noise, every time.
 2. *Warm the front end.* From random weights the CTC loss stays on a plateau where the model emits nothing. The 13
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.

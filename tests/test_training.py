@@ -81,6 +81,30 @@ def test_noise_has_the_ratio_asked_for() -> None:
     assert 10 * np.log10(np.mean(wave**2) / np.mean(added**2)) == pytest.approx(15, abs=0.01)
 
 
+@pytest.mark.parametrize("factor", [0.8, 0.93, 1.0, 1.2])
+def test_tempo_changes_without_the_pitch(factor: float) -> None:
+    """Two halves, 200 and 500 Hz: each is as high and as loud as before, and the change comes at its due time."""
+    seconds = np.arange(16_000) / 16_000
+    wave = np.concatenate([0.3 * np.sin(2 * np.pi * hertz * seconds) for hertz in (200, 500)]).astype(np.float32)
+    heard = data.change_tempo(wave, factor)
+    assert heard.dtype == np.float32 and len(heard) == int(32_000 / factor)
+    middle = len(heard) // 2
+    for part, hertz in ((heard[600 : middle - 600], 200), (heard[middle + 600 : -600], 500)):
+        crossings = np.diff(np.signbit(part).astype(int)) != 0
+        assert abs(crossings.sum() / 2 * 16_000 / len(part) - hertz) < 2
+        assert np.std(part) == pytest.approx(0.3 / np.sqrt(2), rel=0.01)
+
+
+def test_the_same_tempo_changes_nothing() -> None:
+    wave = RNG(0).standard_normal(9_000).astype(np.float32)
+    np.testing.assert_allclose(data.change_tempo(wave, 1.0)[240:], wave[240:], atol=1e-5)
+
+
+def test_tempo_of_hardly_any_sound() -> None:
+    for samples in (0, 1, 240, 481):
+        assert len(data.change_tempo(np.zeros(samples, np.float32), 1.1)) == int(samples / 1.1)
+
+
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_augmented_sound_is_sound(strength: float) -> None:
     wave = RNG(1).standard_normal(8000).astype(np.float32) * 0.1
