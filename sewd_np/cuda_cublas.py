@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from typing import Any
 
 OP_N = 0  # CUBLAS_OP_N: a matrix as it is
@@ -81,7 +82,8 @@ class Cublas:
         check(library.cublasSetWorkspace_v2(self.handle, address(workspace), WORKSPACE), "cublasSetWorkspace")
 
     def __del__(self) -> None:
-        if self.handle:
+        # On exit the driver's side may be gone before, and then destroying what was on it would crash.
+        if self.handle and not sys.is_finalizing():
             self.library.cublasDestroy_v2(self.handle)
 
     def product(self, x: Any, weight: Any, out: Any) -> None:

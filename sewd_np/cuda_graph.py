@@ -62,6 +62,7 @@ class Recordings:
     def __init__(self) -> None:
         self.kept: OrderedDict[Hashable, Recording] = OrderedDict()
         self.seen: OrderedDict[Hashable, None] = OrderedDict()
+        self.refused: set[Hashable] = set()
 
     def find(self, key: Hashable) -> Recording | None:
         """The recording of ``key``, now the most recently used."""
@@ -72,12 +73,16 @@ class Recordings:
 
     def comes_again(self, key: Hashable) -> bool:
         """Whether ``key`` was asked about before; remembered from now on."""
-        again = key in self.seen
+        again = key in self.seen and key not in self.refused
         self.seen[key] = None
         self.seen.move_to_end(key)
         if len(self.seen) > REMEMBERED:
             self.seen.popitem(last=False)
         return again
+
+    def refuse(self, key: Hashable) -> None:
+        """``key`` cannot be recorded: do not try again, for every attempt costs two passes."""
+        self.refused.add(key)
 
     def keep(self, key: Hashable, recording: Recording) -> None:
         """Add a recording, dropping the one unused for longest if there are KEPT already."""
@@ -89,3 +94,4 @@ class Recordings:
         """Forget everything; the memory goes back to the driver."""
         self.kept.clear()
         self.seen.clear()
+        self.refused.clear()

@@ -62,6 +62,7 @@ class Queue:
     def wait(self) -> None:
         """Until the GPU has done everything before."""
         with self.lock:
+            cuda.current_context()  # a thread's first CUDA call may be this one, and numba does not see to it here
             self.stream.synchronize()
             self.sent.clear()
 
@@ -80,27 +81,37 @@ class Queue:
 
         Only where ``repeatable``, that is where all that ``forward`` does depends on ``weights`` and the shape, and
         where the samples are few. Nothing returned shares memory with the recording. A pass for which there is no room
-        beside the pool's is not recorded.
+        beside the pool's is not recorded; one that finds no room at all gets that of the recordings.
         """
         with self.lock, warnings.catch_warnings():
             # Numba warns of every launch of few blocks; a short clip has nothing else.
             warnings.filterwarnings("ignore", message="Grid size")
-            if self.capture is None or not repeatable or wave_bn.size > GRAPH_SAMPLES:
+            try:
+                return self._run(forward, wave_bn, weights, repeatable)
+            except MemoryError:
+                if not self.recordings.kept:
+                    raise
+            self.forget()
+            return self._run(forward, wave_bn, weights, repeatable)
+
+    def _run(self, forward: Forward, wave_bn: Array, weights: Any, repeatable: bool) -> tuple[Any, Any]:
+        if self.capture is None or not repeatable or wave_bn.size > GRAPH_SAMPLES:
+            return forward(wave_bn)
+        key = (id(weights), wave_bn.shape)
+        recording = self.recordings.find(key)
+        if recording is None:
+            if not self.recordings.comes_again(key):
                 return forward(wave_bn)
-            key = (id(weights), wave_bn.shape)
-            recording = self.recordings.find(key)
+            recording = self._record(self.capture, forward, wave_bn, weights)
             if recording is None:
-                if not self.recordings.comes_again(key):
-                    return forward(wave_bn)
-                recording = self._record(self.capture, forward, wave_bn, weights)
-                if recording is None:
-                    return forward(wave_bn)
-                self.wait()  # one that makes room for this one may still be running
-                self.recordings.keep(key, recording)
-            self._fill(recording.samples, wave_bn)
-            recording.launch()
-            hidden, logits = recording.results
-            return self._copy(hidden), None if logits is None else self._copy(logits)
+                self.recordings.refuse(key)
+                return forward(wave_bn)
+            self.wait()  # one that makes room for this one may still be running
+            self.recordings.keep(key, recording)
+        self._fill(recording.samples, wave_bn)
+        recording.launch()
+        hidden, logits = recording.results
+        return self._copy(hidden), None if logits is None else self._copy(logits)
 
     def forget(self) -> None:
         """Drop every recording: what they read has changed."""
@@ -111,8 +122,9 @@ class Queue:
     def _record(self, capture: Capture, forward: Forward, wave_bn: Array, weights: Any) -> Recording | None:
         """Run ``forward`` in a pool of its own, which then has every place that it needs, and again to record it.
 
-        None where the device has no room for that. A pool that is full gives up the places on its shelves, but kernels
-        put down already would write to them: so what asked for memory while it was recorded does not count either.
+        None where the device has no room for that, or the driver breaks the recording off. A pool that is full gives up
+        the places on its shelves, but kernels put down already would write to them: so what asked for memory while it
+        was recorded does not count either.
         """
         own, shared = new_pool(), self.pool
         self.pool = own
@@ -124,6 +136,9 @@ class Queue:
             results: list[Any] = []
             launch = capture(self.stream, lambda: results.extend(forward(samples)))
         except MemoryError:
+            return None
+        except Exception as error:  # numba's errors and cuda.core's share no class; what else is wrong will come again
+            warnings.warn(f"a pass could not be recorded as a CUDA graph and is slower: {error}", stacklevel=2)
             return None
         finally:
             self.pool = shared

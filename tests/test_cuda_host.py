@@ -177,6 +177,10 @@ def test_a_shape_is_recorded_when_it_comes_again() -> None:
     assert len(recordings.kept) == KEPT and isinstance(recordings.kept, OrderedDict)
     recordings.clear()
     assert recordings.find(0) is None and not recordings.comes_again("new")
+    recordings.refuse("new")
+    assert not recordings.comes_again("new"), "one attempt is enough"
+    recordings.clear()
+    assert not recordings.comes_again("new") and recordings.comes_again("new")
 
 
 class FakeBuilder:

@@ -17,6 +17,7 @@ import sewd_np
 from benchmarks import peers
 from sewd_np.backend import device_operations, get_operations
 from sewd_np.clips import clip
+from sewd_np.cuda_cublas import find_library
 from sewd_np.cuda_device import free_bytes
 from sewd_np.cuda_graph import KEPT, capture_graph
 from sewd_np.cuda_intrinsics import cuda
@@ -122,7 +123,7 @@ def test_our_own_products(tiny: tuple[Any, Any, Any]) -> None:
 
 def test_a_replayed_pass_is_the_pass(tiny: tuple[Any, Any, Any]) -> None:
     _, gpu, _ = tiny
-    device, plain_device = open_device(), Device()
+    device, plain_device = open_device(), Device(find_library())
     replayed, plain = on_device(gpu, device), on_device(gpu, plain_device)
     for seed in range(5):
         wave_bn = peers.audio(2, seed)

@@ -384,6 +384,47 @@ def test_a_pass_is_recorded_only_where_it_finds_room(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_a_recording_that_the_driver_breaks_off_is_not_tried_again() -> None:
+    attempts = []
+
+    def capture(stream: Any, work: Callable[[], Any]) -> Callable[[], None]:
+        work()
+        attempts.append(stream)
+        raise OSError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+
+    device = Device(capture=capture)
+    numpy, gpu = pair("published", device)
+    wave_bn, pool = waves(numpy, 1, 9), device.queue.pool
+    assert_close(gpu(wave_bn), numpy(wave_bn))
+    with pytest.warns(UserWarning, match="not be recorded as a CUDA graph and is slower: CUDA_ERROR_STREAM_CAPTURE"):
+        assert_close(gpu(wave_bn), numpy(wave_bn))
+    assert_close(gpu(wave_bn), numpy(wave_bn))
+    assert len(attempts) == 1 and not device.queue.recordings.kept and device.queue.pool is pool
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_recordings_make_room_for_a_pass_that_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(capture=record_launches)
+    numpy, gpu = pair("published", device)
+    short, long = waves(numpy, 1, 5), waves(numpy, 1, 9)
+    for _ in range(2):
+        gpu(short)
+    assert len(device.queue.recordings.kept) == 1
+    pool = device.queue.pool
+    allocate = pool.allocate
+
+    def full_beside_recordings(numbers: int) -> Any:
+        if device.queue.recordings.kept:
+            raise MemoryError("the GPU has no room")
+        return allocate(numbers)
+
+    pool.release()
+    monkeypatch.setattr(pool, "allocate", full_beside_recordings)
+    assert_close(gpu(long), numpy(long))
+    assert not device.queue.recordings.kept
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_memory_does_not_grow_and_results_are_the_callers_own(device: Device) -> None:
     _, gpu = pair("published", device)
     inputs = [waves(gpu, 1, frames) for frames in (5, 6)]
