@@ -109,8 +109,8 @@ def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views:
     frames = frames.repeat(views)
     if pool is not None:
         b, s, d = x.shape
-        x = torch.where(spans(b, s, 0.01, 9)[..., None], sew.masked_spec_embed.to(x.dtype), dropped(x))
-        x = x.masked_fill(spans(b, d, 0.004, 13)[:, None], 0)
+        x = torch.where(spans(b, s, 0.02, 9)[..., None], sew.masked_spec_embed.to(x.dtype), dropped(x))
+        x = x.masked_fill(spans(b, d, 0.006, 13)[:, None], 0)
     inside = torch.arange(x.shape[1], device=x.device) < frames[:, None]
     x = (x * inside[..., None]).transpose(1, 2)
     pooled = encoder.pool(x)

@@ -67,7 +67,7 @@ CONFIG: dict[str, Any] = {
     "conv_dim": (32, *[64] * 4, *[128] * 4, *[256] * 4), "num_conv_pos_embeddings": 31, "vocab_size": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-DROPOUT = 0.05
+DROPOUT = 0.1
 BATCH_SECONDS = 24.0  # of sound, which is seen twice
 BATCHES = 8  # made at a time
 CONSISTENCY = 0.2  # weight of the two views' disagreement
@@ -192,10 +192,10 @@ def ctc(logits: Any, frames: Any, texts: list[str]) -> Any:
     return loss / max(int(sizes.sum()), 1)
 
 
-def rate_at(progress: float) -> float:
-    """Learning rate: up over the first 3 %, then a cosine down to a hundredth."""
+def rate_at(progress: float, peak: float = PEAK_RATE) -> float:
+    """Learning rate: up to ``peak`` over the first 3 %, then a cosine down to a hundredth."""
     rise = min(progress / 0.03, 1.0)
-    return PEAK_RATE * (0.05 + 0.95 * rise) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
+    return peak * (0.05 + 0.95 * rise) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
 
 
 def disagreement(logits: Any, frames: Any, letters: int) -> Any:
@@ -334,12 +334,12 @@ def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Names
             started = ended
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             for optimizer, factor in zip(optimizers, (MUON_FACTOR, 1.0), strict=True):
-                optimizer.param_groups[0]["lr"] = factor * rate_at(progress)
+                optimizer.param_groups[0]["lr"] = factor * rate_at(progress, options.rate)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(ctc_loss)
             step += 1
-            if elapsed - kept > limit / 150:
+            if elapsed - kept > limit / 50:
                 kept = elapsed
                 snapshots.append({name: value.cpu() for name, value in copied(model).items()})
 
@@ -364,6 +364,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120, help="training time, evaluation left out")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, instead of warming the front end")
     parser.add_argument("--strength", type=float, default=1.0, help="of augmentation; 0.5 for a short training")
+    parser.add_argument("--rate", type=float, default=PEAK_RATE, help="highest learning rate; less to refine a model")
     parser.add_argument("--strings", type=int, default=12000, help="text-to-speech strings")
     parser.add_argument("--hours", type=float, default=2.0, help="of sound in the store before the first step")
     parser.add_argument("--seed", type=int, default=0)
