@@ -224,9 +224,11 @@ def _for_each_file(
     ``recognize`` gets a list of files, ``--batch-size`` of them, or one by itself. ``form`` gets a file, its result and
     whether it is one of several. A GPU's first result is long in coming, and the user is told why.
     """
+    together = options.batch_size
+    if together < 1:
+        raise ValueError(f"--batch-size is {together}; it must be at least 1.")
     code = 0
     waiting = _patience(options.backend)
-    together = max(options.batch_size, 1)  # recognize refuses what is below 1
     for start in range(0, len(files), together):
         for path, result in _results(files[start : start + together], recognize):
             if isinstance(result, MENDABLE):
