@@ -61,8 +61,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self.kept: OrderedDict[Hashable, Recording] = OrderedDict()
-        self.seen: OrderedDict[Hashable, None] = OrderedDict()
-        self.refused: set[Hashable] = set()
+        self.seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether recording it may be tried
 
     def find(self, key: Hashable) -> Recording | None:
         """The recording of ``key``, now the most recently used."""
@@ -72,17 +71,17 @@ class Recordings:
         return self.kept[key]
 
     def comes_again(self, key: Hashable) -> bool:
-        """Whether ``key`` was asked about before; remembered from now on."""
-        again = key in self.seen and key not in self.refused
-        self.seen[key] = None
+        """Whether ``key`` was asked about before and not refused since; remembered from now on."""
+        again = self.seen.get(key, False)
+        self.seen.setdefault(key, True)
         self.seen.move_to_end(key)
         if len(self.seen) > REMEMBERED:
             self.seen.popitem(last=False)
         return again
 
     def refuse(self, key: Hashable) -> None:
-        """``key`` cannot be recorded: do not try again, for every attempt costs two passes."""
-        self.refused.add(key)
+        """``key`` cannot be recorded: it is not tried again while remembered, for every attempt costs two passes."""
+        self.seen[key] = False
 
     def keep(self, key: Hashable, recording: Recording) -> None:
         """Add a recording, dropping the one unused for longest if there are KEPT already."""
@@ -94,4 +93,3 @@ class Recordings:
         """Forget everything; the memory goes back to the driver."""
         self.kept.clear()
         self.seen.clear()
-        self.refused.clear()

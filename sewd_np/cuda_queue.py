@@ -81,7 +81,8 @@ class Queue:
 
         Only where ``repeatable``, that is where all that ``forward`` does depends on ``weights`` and the shape, and
         where the samples are few. Nothing returned shares memory with the recording. A pass for which there is no room
-        beside the pool's is not recorded; one that finds no room at all gets that of the recordings.
+        beside the pool's is not recorded; one that finds no room at all gets that of the recordings and starts again,
+        if nothing looks inside, which would see it twice.
         """
         with self.lock, warnings.catch_warnings():
             # Numba warns of every launch of few blocks; a short clip has nothing else.
@@ -89,7 +90,7 @@ class Queue:
             try:
                 return self._run(forward, wave_bn, weights, repeatable)
             except MemoryError:
-                if not self.recordings.kept:
+                if not (repeatable and self.recordings.kept):
                     raise
             self.forget()
             return self._run(forward, wave_bn, weights, repeatable)

@@ -420,6 +420,10 @@ def test_recordings_make_room_for_a_pass_that_finds_none(monkeypatch: pytest.Mon
 
     pool.release()
     monkeypatch.setattr(pool, "allocate", full_beside_recordings)
+    with pytest.raises(MemoryError, match="the GPU has no room"):
+        gpu(long, trace=Trace("*.layer.0", "*.layer.1"))  # starting again would let the points fire twice
+    assert len(device.queue.recordings.kept) == 1
+    pool.release()
     assert_close(gpu(long), numpy(long))
     assert not device.queue.recordings.kept
 
