@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from sewd_np.cuda_gemm import Product, launch, linear_shape
 from sewd_np.cuda_intrinsics import cuda, float32, kernel, load, load4, static_range, store, store4
 from sewd_np.cuda_math import activation_function
+from sewd_np.cuda_memory import shaped
 from sewd_np.cuda_norm import CHUNK, group_norm, launch_scales, moments_size, strip_total
 
 ZERO = float32(0)
@@ -280,13 +281,13 @@ def feature_encoder(
     room = encoder_room(batch, samples, conv_layers, strides, tile)
     buffers = scratch[: room.even], scratch[room.even : room.even + room.odd]
     moments = scratch[room.even + room.odd :]
-    x = wave_bn.reshape(batch, samples, 1)
+    x = shaped(wave_bn, batch, samples, 1)
     for i, (layer, stride, steps) in enumerate(zip(conv_layers, strides, room.steps, strict=True)):
         _, groups, _, outputs = layer.weight.shape
         width = groups * outputs
         out = out_bsc
         if i < len(conv_layers) - 1:
-            out = buffers[i % 2][: batch * steps * width].reshape(batch, steps, width)
+            out = shaped(buffers[i % 2], batch, steps, width)
         kind = "none" if layer.norm is None else norm
         own = activation if kind == "none" else "linear"
         if i == 0 and has_first_layer(layer.weight.shape, stride, tile):

@@ -78,6 +78,23 @@ def describe(cuda: Any, products: str) -> dict[str, str]:
     }
 
 
+def new_stream(cuda: Any) -> Any:
+    """A stream that neither waits for CUDA's default stream nor makes it wait.
+
+    numba's own streams do both, and the driver breaks off the recording of a graph on such a stream when any thread of
+    the process, PyTorch's say, uses the default one. So cuda.core makes the stream and numba works on it.
+    """
+    cuda.current_context()  # numba's context, in which the stream is made
+    from cuda.core import Device, StreamOptions
+
+    device = Device(cuda.get_current_device().id)
+    device.set_current()
+    made = device.create_stream(options=StreamOptions(nonblocking=True))
+    stream = cuda.external_stream(int(made.handle))
+    stream.made = made  # who goes with it: numba does not own a stream that it is given
+    return stream
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a driver error is the one for no memory left (CUDA_ERROR_OUT_OF_MEMORY, number 2)."""
     return getattr(error, "code", None) == 2

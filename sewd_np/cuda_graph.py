@@ -1,6 +1,6 @@
 """CUDA graphs: a short clip's pass recorded once and replayed with new samples.
 
-A pass of the tiny shape is over a hundred kernels. Python needs some ten microseconds to start each; the GPU, for a
+A pass of the tiny shape is over a hundred kernels. Python needs tens of microseconds to start each; the GPU, for a
 clip of a few seconds, less to run it. Recorded as a graph, all of them start with one call. A graph is bound to the
 places in memory that it was recorded with: so each has a pool of its own, samples are copied in to where it reads them,
 and results are copied out of where it leaves them.
@@ -20,7 +20,7 @@ Work = Callable[[], Any]
 # capture(stream, work): let work() put its kernels down instead of running them; returns what runs them.
 Capture = Callable[[Any, Work], Callable[[], None]]
 
-KEPT = 8  # graphs: each holds the memory of a pass, about 100 MB for 30 s of the tiny shape
+KEPT = 8  # graphs: each holds the memory of a pass, about 300 MB for 90 s of the tiny shape
 REMEMBERED = 64  # shapes seen once
 
 

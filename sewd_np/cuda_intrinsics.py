@@ -32,6 +32,8 @@ ALL_LANES = 0xFFFFFFFF
 
 __all__ = [
     "SIMULATED",
+    "VECTOR",
+    "add_read",
     "copy4",
     "cuda",
     "device",
@@ -45,9 +47,12 @@ __all__ = [
     "kernel",
     "load",
     "load4",
+    "numbers_together",
+    "read",
     "static_range",
     "store",
     "store4",
+    "write",
     "zero4",
 ]
 
@@ -259,3 +264,46 @@ else:
             return builder.call(code, arguments)
 
         return types.float32(types.float32), generate
+
+
+# ---------------------------------------------------------------------- several numbers at once
+# Where a kernel may work in place, no load can be moved before the store of the numbers before it: a lane waits for
+# memory once a round. Four numbers a round make a quarter of the rounds.
+
+VECTOR = 4
+
+
+def numbers_together(size: int) -> bool:
+    """Whether rows of ``size`` numbers can be read and written in fours: each then begins at a multiple of four."""
+    return size % VECTOR == 0
+
+
+@device
+def read(part, width, x, at):
+    """part = x[at : at + width]; width is 1 or 4."""
+    if width == 1:
+        part[0] = load(x, at)
+    else:
+        v = load4(x, at)
+        for z in static_range(4):
+            part[z] = v[z]
+
+
+@device
+def add_read(part, width, x, at):
+    """part += x[at : at + width]"""
+    if width == 1:
+        part[0] += load(x, at)
+    else:
+        v = load4(x, at)
+        for z in static_range(4):
+            part[z] += v[z]
+
+
+@device
+def write(out, at, part, width):
+    """out[at : at + width] = part"""
+    if width == 1:
+        store(out, at, part[0])
+    else:
+        store4(out, at, part[0], part[1], part[2], part[3])

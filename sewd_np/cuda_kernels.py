@@ -26,7 +26,20 @@ import math
 from functools import cache
 from typing import Any
 
-from sewd_np.cuda_intrinsics import cuda, float32, group_sum, kernel, load, store
+from sewd_np.cuda_intrinsics import (
+    VECTOR,
+    add_read,
+    cuda,
+    float32,
+    group_sum,
+    kernel,
+    load,
+    numbers_together,
+    read,
+    static_range,
+    store,
+    write,
+)
 from sewd_np.cuda_math import activation_function
 
 LANES = 32  # threads of a warp: they run together and can exchange registers
@@ -81,54 +94,62 @@ def layer_norm_v1() -> Any:
 
 
 @cache
-def norm_rows(activation: str, add: bool, with_bias: bool) -> Any:
+def norm_rows(activation: str, add: bool, with_bias: bool, vector: bool) -> Any:
     """A warp for each row: (x [+ bias] [+ residual]), normalised, scaled, shifted, activated. ≤ 48 registers.
 
     Two passes over the row for mean and variance and one for the result. The row is fetched from the device's memory
     once; the passes after that find it in the cache. A sum is written to ``out`` by the lane that reads it there later,
-    so no barrier is needed and ``out`` may be ``x`` or ``residual``.
+    so no barrier is needed and ``out`` may be ``x`` or ``residual``. ``vector``: see ``numbers_together``.
     """
     activate = activation_function(activation)
+    WIDTH = VECTOR if vector else 1
 
     @kernel(threads=THREADS)
     def normalize(x, rows, size, bias, residual, weight, shift, eps, out):
-        lane = cuda.threadIdx.x
+        part = cuda.local.array(WIDTH, float32)
+        lane = cuda.threadIdx.x * WIDTH
         row = cuda.blockIdx.x * WARPS + cuda.threadIdx.y
         if row < rows:
             start = row * size
             count = float32(size)
             total = ZERO
-            for c in range(lane, size, LANES):
-                v = load(x, start + c)
+            for c in range(lane, size, LANES * WIDTH):
+                read(part, WIDTH, x, start + c)
                 if with_bias:
-                    v += load(bias, c)
+                    add_read(part, WIDTH, bias, c)
                 if add:
-                    v += load(residual, start + c)
+                    add_read(part, WIDTH, residual, start + c)
                 if add or with_bias:
-                    store(out, start + c, v)
-                total += v
+                    write(out, start + c, part, WIDTH)
+                for z in static_range(WIDTH):
+                    total += part[z]
             mean = group_sum(total, LANES) / count
             total = ZERO
-            for c in range(lane, size, LANES):
+            for c in range(lane, size, LANES * WIDTH):
                 if add or with_bias:
-                    centred = load(out, start + c) - mean
+                    read(part, WIDTH, out, start + c)
                 else:
-                    centred = load(x, start + c) - mean
-                total += centred * centred
+                    read(part, WIDTH, x, start + c)
+                for z in static_range(WIDTH):
+                    centred = part[z] - mean
+                    total += centred * centred
             scale = ONE / math.sqrt(group_sum(total, LANES) / count + eps)
-            for c in range(lane, size, LANES):
+            for c in range(lane, size, LANES * WIDTH):
                 if add or with_bias:
-                    centred = load(out, start + c) - mean
+                    read(part, WIDTH, out, start + c)
                 else:
-                    centred = load(x, start + c) - mean
-                store(out, start + c, activate(centred * scale * load(weight, c) + load(shift, c)))
+                    read(part, WIDTH, x, start + c)
+                for z in static_range(WIDTH):
+                    part[z] = activate((part[z] - mean) * scale * load(weight, c + z) + load(shift, c + z))
+                write(out, start + c, part, WIDTH)
 
     return normalize
 
 
 def layer_norm(stream: Any, x: Any, weight: Any, bias: Any, eps: float, activation: str, out: Any) -> None:
     """activation(layer norm of every row of x); ``out`` may be x."""
-    (rows, size), run = rows_of(x), norm_rows(activation, False, False)
+    rows, size = rows_of(x)
+    run = norm_rows(activation, False, False, numbers_together(size))
     run[blocks(rows), threads(), stream](x, rows, size, bias, x, weight, bias, float32(eps), out)
 
 
@@ -136,7 +157,8 @@ def add_norm(
     stream: Any, x: Any, added_bias: Any | None, residual: Any, weight: Any, bias: Any, eps: float, out: Any
 ) -> None:
     """Layer norm of every row of x + added_bias + residual; ``added_bias`` (c,) is a product's own, or None."""
-    (rows, size), run = rows_of(x), norm_rows("linear", True, added_bias is not None)
+    rows, size = rows_of(x)
+    run = norm_rows("linear", True, added_bias is not None, numbers_together(size))
     first = bias if added_bias is None else added_bias
     run[blocks(rows), threads(), stream](x, rows, size, first, residual, weight, bias, float32(eps), out)
 
@@ -145,21 +167,25 @@ def add_norm(
 
 
 @cache
-def activate_rows(activation: str, with_bias: bool) -> Any:
+def activate_rows(activation: str, with_bias: bool, vector: bool) -> Any:
     """out[b, s] = activation(x[b, s] [+ bias]) for the frames that ``out`` has of x's. ≤ 40 registers."""
     act = activation_function(activation)
+    WIDTH = VECTOR if vector else 1
 
     @kernel(threads=THREADS)
     def run(x, x_frames, frames, rows, size, bias, out):
+        part = cuda.local.array(WIDTH, float32)
         row = cuda.blockIdx.x * WARPS + cuda.threadIdx.y
         if row < rows:
             batch = row // frames
             start = (batch * x_frames + row - batch * frames) * size
-            for c in range(cuda.threadIdx.x, size, LANES):
-                v = load(x, start + c)
+            for c in range(cuda.threadIdx.x * WIDTH, size, LANES * WIDTH):
+                read(part, WIDTH, x, start + c)
                 if with_bias:
-                    v += load(bias, c)
-                store(out, row * size + c, act(v))
+                    add_read(part, WIDTH, bias, c)
+                for z in static_range(WIDTH):
+                    part[z] = act(part[z])
+                write(out, row * size + c, part, WIDTH)
 
     return run
 
@@ -167,14 +193,14 @@ def activate_rows(activation: str, with_bias: bool) -> Any:
 def activate(stream: Any, x: Any, bias: Any | None, activation: str, out: Any) -> None:
     """activation(x + bias), bias (c,) or None; ``out`` may be x."""
     rows, size = rows_of(x)
-    run = activate_rows(activation, bias is not None)
+    run = activate_rows(activation, bias is not None, numbers_together(size))
     run[blocks(rows), threads(), stream](x, rows, rows, rows, size, x if bias is None else bias, out)
 
 
 def trim_and_activate(stream: Any, x_buc: Any, activation: str, out_bqc: Any) -> None:
     """activation of the first q of u frames."""
     batch, frames, size = out_bqc.shape
-    run = activate_rows(activation, False)
+    run = activate_rows(activation, False, numbers_together(size))
     rows = batch * frames
     run[blocks(rows), threads(), stream](x_buc, x_buc.shape[1], frames, rows, size, x_buc, out_bqc)
 

@@ -9,10 +9,12 @@ Places come in sizes: eight to every doubling, so at most an eighth is wasted, a
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from operator import mul
 from typing import Any, Self
 
 SMALLEST = 256  # numbers: what lies below is rounded up to it
@@ -23,6 +25,18 @@ def place_size(size: int) -> int:
     size = max(size, SMALLEST)
     step = 1 << max(size.bit_length() - 4, 0)
     return -(-size // step) * step
+
+
+def shaped(memory: Any, *shape: int) -> Any:
+    """The first numbers of ``memory``, contiguous on the device, as an array of ``shape``: no copy.
+
+    What a slice and a reshape give, in a tenth of their time on a GPU: numba works out 30 µs long where a slice lies,
+    and a pass makes nearly a hundred.
+    """
+    if not hasattr(memory, "gpu_data"):  # NumPy's arrays and the simulator's
+        return memory[: math.prod(shape)].reshape(*shape)
+    strides = (*itertools.accumulate(shape[:0:-1], mul, initial=memory.dtype.itemsize),)[::-1]
+    return type(memory)(shape, strides, memory.dtype, gpu_data=memory.gpu_data)
 
 
 class Place:
@@ -52,7 +66,7 @@ class DeviceArray:
 
     def reshape(self, *shape: int) -> Self:
         """The same numbers under another shape."""
-        return type(self)(self.data.reshape(*shape), self.place)
+        return type(self)(shaped(self.data, *shape), self.place)
 
 
 class Pool:
@@ -81,7 +95,7 @@ class Pool:
             memory = shelf.pop()
         except IndexError:
             memory = self._ask(size)
-        return DeviceArray(memory[:numbers].reshape(*shape), Place(memory, shelf))
+        return DeviceArray(shaped(memory, *shape), Place(memory, shelf))
 
     def _ask(self, size: int) -> Any:
         try:

@@ -2,8 +2,8 @@
 
 A queue has one stream, so work runs in the order in which it was started, and one lock: threads may share a model, and
 their passes take turns. Python is some kernels ahead of the GPU and waits for it in ``to_numpy`` alone. Passes of short
-clips are recorded as graphs and replayed (``cuda_graph``). Nothing uses CUDA's default stream: it would wait for every
-other stream of the process, and must not while a pass of another queue is being recorded.
+clips are recorded as graphs and replayed (``cuda_graph``). Nothing uses CUDA's default stream, nor waits for what other
+threads do on it (``cuda_device.new_stream``).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sewd_np.cuda_device import allocate
+from sewd_np.cuda_device import allocate, new_stream
 from sewd_np.cuda_graph import Capture, Recording, Recordings
-from sewd_np.cuda_intrinsics import cuda
+from sewd_np.cuda_intrinsics import SIMULATED, cuda
 from sewd_np.cuda_memory import DeviceArray, Pool
 
 Array = np.ndarray
 Forward = Callable[[Any], tuple[Any, Any]]  # samples → hidden states, and logits or None
 
-GRAPH_SAMPLES = 30 * 16_000  # of a whole batch: with more, kernels run for longer than Python takes to start them
+GRAPH_SAMPLES = 90 * 16_000  # of a whole batch: with more, kernels run for longer than Python takes to start them
 
 
 def new_pool() -> Pool:
@@ -35,7 +35,7 @@ class Queue:
     """The stream, the lock and the pool of one ``Device``. ``capture`` records graphs, or None to record none."""
 
     def __init__(self, capture: Capture | None) -> None:
-        self.stream = cuda.stream()
+        self.stream = cuda.stream() if SIMULATED else new_stream(cuda)
         self.pool = new_pool()
         self.lock = threading.RLock()
         self.capture = capture

@@ -133,6 +133,7 @@ def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool,
         context = cuda.local.array((ROWS, WIDTH), float32)
         largest = cuda.local.array(ROWS, float32)
         total = cuda.local.array(ROWS, float32)
+        terms = cuda.local.array(4, float32)  # four sums, for one would wait for itself at every step
 
         # Neighbouring lanes differ in y, then in x: lanes in pairs ask for the same address of a's rows and, two apart,
         # of b's, which halves the number of passes that a 128-bit read of shared memory takes.
@@ -220,13 +221,14 @@ def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool,
                 cuda.syncthreads()
                 if p2c:
                     for j in range(t, KEYS, THREADS):
-                        term = ZERO
+                        for z in static_range(4):
+                            terms[z] = ZERO
                         for c in range(0, E, 4):
                             k = load4(memory, K_AT + j * WIDE + c)
                             place = load4(pos_query, table + bucket * E + c)
                             for z in static_range(4):
-                                term += k[z] * place[z]
-                        store(memory, COLUMN_TERMS + j, term)
+                                terms[z] += k[z] * place[z]
+                        store(memory, COLUMN_TERMS + j, terms[0] + terms[1] + (terms[2] + terms[3]))
                 for c in range(0, E, 4):
                     add_products(scores, ROWS, COLUMNS, memory, y * WIDE + c, WIDE_R, K_AT + x * WIDE + c, WIDE_R)
                 if p2c:

@@ -226,6 +226,35 @@ def test_capture_puts_the_work_between_begin_and_end(monkeypatch: pytest.MonkeyP
     assert said == [("begin", "relaxed"), "end"], "a stream must not be left recording"
 
 
+def test_a_new_stream_does_not_wait_for_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    def device(number: int) -> Any:
+        made = SimpleNamespace(handle=77)
+        return SimpleNamespace(
+            set_current=lambda: said.append(number), create_stream=lambda options: said.append(options) or made
+        )
+
+    core = SimpleNamespace(Device=device, StreamOptions=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(core=core))
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    numba_cuda = SimpleNamespace(
+        current_context=lambda: said.append("context"),
+        get_current_device=lambda: SimpleNamespace(id=3),
+        external_stream=lambda handle: SimpleNamespace(handle=handle),
+    )
+    stream = cuda_device.new_stream(numba_cuda)
+    assert said == ["context", 3, SimpleNamespace(nonblocking=True)]
+    assert stream.handle == 77 and stream.made.handle == 77, "what made it lives as long as the stream"
+
+
+def test_a_shape_of_memory_is_a_view() -> None:
+    memory = np.arange(300, dtype=np.float32)
+    view = cuda_memory.shaped(memory, 2, 3, 4)
+    assert view.shape == (2, 3, 4) and np.shares_memory(view, memory)
+    assert cuda_memory.shaped(view, 24).shape == (24,)
+
+
 # ------------------------------------------------------------------------------- cuBLAS
 
 

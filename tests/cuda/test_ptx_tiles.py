@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from numba import njit
 from numba.core.extending import intrinsic
+from numba.cuda.cudadrv.devicearray import DeviceNDArray
 
 from sewd_np import cuda_intrinsics, cuda_tiles
+from sewd_np.cuda_memory import shaped
 
 Array = np.ndarray
 
@@ -98,3 +101,13 @@ def test_four_numbers_at_a_time() -> None:
     out = np.full((4, 4), np.nan, np.float32)
     run(x, out)
     np.testing.assert_array_equal(out.reshape(-1)[:13], [7, 6, 5, 4, 8, 9, 10, 11, 0, 0, 0, 0, 5])
+
+
+@pytest.mark.parametrize("shape", [(24,), (2, 12), (2, 3, 4), (1, 1, 3)])
+def test_a_shape_of_memory_is_what_numba_makes_of_it(shape: tuple[int, ...]) -> None:
+    """``shaped`` calls the class of numba's arrays itself: strides, flags and bytes must be those of a reshape."""
+    memory = DeviceNDArray((40,), (4,), np.float32, gpu_data=object())
+    view, want = shaped(memory, *shape), np.empty(shape, np.float32)
+    assert view.gpu_data is memory.gpu_data and view.dtype == np.float32
+    assert (view.shape, view.strides, view.alloc_size) == (want.shape, want.strides, want.nbytes)
+    assert view.flags["C_CONTIGUOUS"] and view._numba_type_.layout == "C"

@@ -18,7 +18,7 @@ Array = np.ndarray
 # float32 sums over at most 100 numbers in another order, and a division by a standard deviation of about 1.
 TOLERANCE = 5e-6
 # One channel, fewer than a warp's lanes, exactly a warp, and more with a tail; rows around the 8 of a block.
-SHAPES = [(1, 1, 1), (2, 4, 5), (1, 9, 32), (3, 3, 70)]
+SHAPES = [(1, 1, 1), (2, 4, 5), (1, 9, 32), (3, 3, 70), (2, 3, 140)]
 
 
 def normal(*shape: int, seed: int = 0) -> Array:
@@ -73,11 +73,12 @@ def test_add_norm(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NaN and infinity are among the inputs
+@pytest.mark.parametrize("width", [9, 12])  # one by one, and in fours
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activate(name: str) -> None:
+def test_activate(name: str, width: int) -> None:
     borders = np.array([-1e4, -30, -6, -1e-3, 0, 1e-3, 5.999, 6.001, 30, 1e4, np.inf, np.nan], np.float32)
-    x, bias = np.concatenate([borders, 4 * normal(33)]).reshape(5, 9), normal(9)
-    out, want = empty(5, 9), layers.activate(x + bias, name)
+    x, bias = np.concatenate([borders, 4 * normal(5 * width - 12)]).reshape(5, width), normal(width)
+    out, want = empty(5, width), layers.activate(x + bias, name)
     kernels.activate(0, x, None, name, out)
     close(out, layers.activate(x, name))
     kernels.activate(0, x, bias, name, x)
@@ -86,9 +87,9 @@ def test_activate(name: str) -> None:
         kernels.activate(0, x, None, "none", out)
 
 
-@pytest.mark.parametrize(("frames", "kernel"), [(1, 1), (2, 4), (9, 4)])
-def test_trim_and_activate(frames: int, kernel: int) -> None:
-    x = normal(2, frames, 5)
+@pytest.mark.parametrize(("frames", "kernel", "width"), [(1, 1, 5), (2, 4, 5), (9, 4, 5), (9, 4, 140)])
+def test_trim_and_activate(frames: int, kernel: int, width: int) -> None:
+    x = normal(2, frames, width)
     want = layers.trim_and_activate(x, kernel, "gelu")
     out = empty(*want.shape)
     kernels.trim_and_activate(0, x, "gelu", out)
