@@ -12,23 +12,24 @@ part would do. An edit of one's own is as short: ``{"encoder.encoder.layer.3": n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-Array = np.ndarray
-Change = Callable[[Array], Array]
-Edit = dict[str, Change]
+from sewd_np.trace import LAYER, Edit, InOrder, pairs_of
 
-ATTENTION = "encoder.encoder.layer.{}.attention.self"
+Array = np.ndarray
+
+ATTENTION = f"{LAYER}.{{}}.attention.self"
 
 
 def drop_head(layer: int, head: int) -> Edit:
     """Without one attention head: its probabilities (t, t) become 0, so that it adds nothing to any frame.
 
     Layers and heads count from 0. A layer that the model lacks is a ``ValueError`` at the call, as any point is that
-    it lacks; so is such a head.
+    it lacks; so is such a head. Anything but a whole number is one at once.
     """
+    layer, head = _whole("layer", layer), _whole("head", head)
 
     def change(probs_bhij: Array) -> Array:
         heads = probs_bhij.shape[1]
@@ -74,8 +75,12 @@ def shuffle_positions(seed: int = 0) -> Edit:
 
     One order for all layers and heads and for both terms, c2p and p2c; the layers project the shuffled table anew. A
     table has one row for each bucket of distances from −S to S − 1, and all of them take part, so on a short recording
-    near distances mostly get rows that belong to distances far beyond its ends.
+    near distances mostly get rows that belong to distances far beyond its ends. Another whole ``seed`` gives another
+    order; a negative one is a ``ValueError``.
     """
+    seed = _whole("seed", seed)
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be a whole number of at least 0.")
 
     def change(table_pd: Array) -> Array:
         return np.random.default_rng(seed).permutation(table_pd, axis=0)
@@ -94,16 +99,16 @@ def mirror_positions() -> Edit:
 
 
 def together(*edits: Edit) -> Edit:
-    """Several edits as one. Where two change the same point, the later one gets what the earlier one returned."""
-    both: Edit = {}
-    for edit in edits:
-        for pattern, change in edit.items():
-            both[pattern] = _after(both[pattern], change) if pattern in both else change
-    return both
+    """Several edits as one, a read-only mapping. Where two change the same point, by whichever patterns, the later one
+    gets what the earlier one returned.
+    """
+    return InOrder(pair for edit in edits for pair in pairs_of(edit))
 
 
-def _after(first: Change, second: Change) -> Change:
-    return lambda value: second(first(value))
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number.")
+    return int(value)
 
 
 def _zeros(term: str, layer: int | None) -> Edit:

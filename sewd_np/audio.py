@@ -1,7 +1,8 @@
 """Recordings in: any file libsndfile reads, or an array, becomes one float32 waveform at the model's rate.
 
 The order of work: read → check → mix the channels down to one (their mean) → resample. What the model hears is then
-normalised by ``processor.py``, so loudness does not matter and samples outside ±1 are no mistake.
+normalised by ``processor.py``, so samples outside ±1 are no mistake, and loudness does not matter from a peak of about
+1e-4 (−80 dB of full scale) to ``LOUDEST``. What is much fainter drowns in the processor's ε and ends as silence.
 
 Everything that is wrong with a recording is an ``AudioError``, with one sentence that says what was found and what to
 do. Only a missing path is a ``FileNotFoundError``, and a path that may not be read a ``PermissionError``.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sewd_np.config import SAMPLING_RATE
 LOWEST_RATE = 1_000  # below it, someone has passed kilohertz, and 16 would stretch a minute to 17 hours
 HIGHEST_RATE = 1_000_000  # above any recorder; the resampler does not come back from rates like 1e300
 BLOCK = 1 << 18  # samples read at a time: a header that promises too much then costs no memory
+LOUDEST = 1e15  # the squares of 10^8 such samples still sum up in float32, as the processor's variance does
 UNKNOWN_LENGTH = 1 << 62  # libsndfile's length of a stream whose header gives none is near 2^63
 
 # Full scale of the integer formats in which audio libraries hand out PCM: (value of silence, value of 1.0).
@@ -34,12 +37,12 @@ class AudioError(ValueError):
 
 
 def load_audio(source: Any, sampling_rate: float | None = None, target_rate: int = SAMPLING_RATE) -> np.ndarray:
-    """One recording as a waveform (n,), float32, at ``target_rate`` samples per second, all samples finite.
+    """One recording as a waveform (n,), float32, at ``target_rate`` samples per second, all within ±``LOUDEST``.
 
-    source: a path (``str`` or ``PathLike``); a binary file object, read from where it stands to its end; or a
-        waveform (n,): a NumPy array or whatever ``np.asarray`` takes (a torch tensor, say). Floating-point samples
-        are taken as they are; ``int16``, ``int32`` and ``uint8`` are PCM and divided by their full scale. A plain
-        list is refused: elsewhere in this package a list means several recordings.
+    source: a path (``str`` or ``PathLike``; ``~`` is the home folder); a binary file object, read from where it stands
+        to its end; or a waveform (n,): a NumPy array or whatever ``np.asarray`` takes (a torch tensor, say).
+        Floating-point samples are taken as they are; ``int16``, ``int32`` and ``uint8`` are PCM and divided by their
+        full scale. A plain list is refused: elsewhere in this package a list means several recordings.
     sampling_rate: samples per second of an array; without one it is ``target_rate``. A file says its own rate, and
         another one passed along with it is an error.
 
@@ -66,13 +69,15 @@ def load_audio(source: Any, sampling_rate: float | None = None, target_rate: int
 
 
 def as_waveform(source: Any) -> np.ndarray:
-    """A waveform given as an array, checked and scaled: (n,), float32, n ≥ 1, all finite.
+    """A waveform given as an array, checked and scaled: (n,), float32, n ≥ 1, all within ±``LOUDEST``.
 
     PCM becomes x = (value − silence) / full scale: int16 / 2^15, int32 / 2^31, (uint8 − 128) / 2^7. Other integers
     are refused, for nothing says what their full scale is.
 
     Raises ``AudioError``.
     """
+    if isinstance(source, Iterator | Set):
+        raise AudioError(f"A {type(source).__name__} is not a recording; for several recordings pass list(...) of it.")
     samples = None if isinstance(source, list | tuple) else as_array(source)
     if samples is None or samples.ndim == 0:
         raise AudioError(
@@ -136,6 +141,9 @@ def _name(source: Any) -> str:
 def _read_path(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     """Samples (n,), float32, and rate of the file at a path."""
     name = _name(path)
+    path = os.path.expanduser(path)
+    if not path:  # pathlib would take it for the folder that we are in
+        raise FileNotFoundError("The path is empty (''); pass the path of an audio file.")
     if not Path(path).exists():
         raise FileNotFoundError(f"There is no file {name}; check the path.")
     if Path(path).is_dir():
@@ -152,12 +160,27 @@ def _read_path(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
 def _read_object(file: Any) -> tuple[np.ndarray, float]:
     """Samples (n,), float32, and rate of an open binary file, which need not be seekable (a pipe, an upload)."""
     name = _name(file)
-    contents = file.read()
+    if isinstance(file, io.TextIOBase):  # reading it would fail in the middle of a character, or turn bytes into others
+        raise AudioError(f"{name} is open in text mode, expected a binary file; open it in binary mode ('rb').")
+    try:
+        contents = file.read()
+    except ValueError as error:  # closed, open for writing only, or text in a wrapper
+        raise AudioError(f"{name} cannot be read ({error}); pass a file that is open in binary mode ('rb').") from error
     if not isinstance(contents, bytes | bytearray | memoryview):
         raise AudioError(f"{name} gave {type(contents).__name__}, expected bytes; open it in binary mode ('rb').")
     if not contents:
+        if _position(file) > 0:
+            raise AudioError(f"{name} has been read to its end already; call its seek(0) first.")
         raise AudioError(f"{name} is empty (0 bytes); expected an audio file.")
     return _read_sound(io.BytesIO(contents), name)
+
+
+def _position(file: Any) -> int:
+    """How far an open file has been read, in bytes; 0 where it cannot tell (a pipe, an upload)."""
+    try:
+        return int(file.tell())
+    except (AttributeError, OSError):
+        return 0
 
 
 def _read_sound(file: int | io.BytesIO, name: str) -> tuple[np.ndarray, float]:
@@ -200,7 +223,7 @@ def _read_sound(file: int | io.BytesIO, name: str) -> tuple[np.ndarray, float]:
 
 
 def _check_finite(samples: np.ndarray, name: str) -> np.ndarray:
-    """Samples (n,) as contiguous float32, at least one, none of them NaN or infinite."""
+    """Samples (n,) as contiguous float32, at least one, none of them NaN, infinite or beyond ``LOUDEST``."""
     if len(samples) == 0:
         raise AudioError(f"{name} holds no samples (zero length).")
     with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is found below
@@ -211,7 +234,18 @@ def _check_finite(samples: np.ndarray, name: str) -> np.ndarray:
             f"{name} holds {np.count_nonzero(~finite)} samples that are NaN, infinite or beyond float32, the first at "
             f"index {finite.argmin()} of {len(samples)}; repair or replace them."
         )
+    check_peak(samples, name)
     return samples
+
+
+def check_peak(samples: np.ndarray, name: str) -> None:
+    """Raise ``AudioError`` if finite samples (n,), n ≥ 1, reach so far that sums of their squares would overflow."""
+    peak = max(float(samples.max()), -float(samples.min()))
+    if peak > LOUDEST:
+        raise AudioError(
+            f"{name} holds samples as large as {peak:.3g}, expected about ±1 and {LOUDEST:g} at most; "
+            "divide them by their full scale."
+        )
 
 
 def _resample(samples: np.ndarray, rate: float, target_rate: int) -> np.ndarray:

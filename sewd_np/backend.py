@@ -156,7 +156,8 @@ def get_operations(
     takes = ("float32", "float64") if backend == "numpy" else ("float32",)
     if name not in takes:
         raise ValueError(f"dtype is {name}; backend {backend!r} computes in {' or '.join(takes)}.")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+    is_count = isinstance(threads, int | np.integer) and not isinstance(threads, bool) and threads >= 1
+    if threads is not None and not is_count:
         raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1.")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}.")
@@ -167,7 +168,9 @@ def get_operations(
             )
     if backend == "cuda":
         return _cuda()
-    return NUMPY if backend == "numpy" else _numba(threads, precision or PRECISIONS[0])
+    return (
+        NUMPY if backend == "numpy" else _numba(None if threads is None else int(threads), precision or PRECISIONS[0])
+    )
 
 
 def _numba(threads: int | None, precision: str) -> Operations:

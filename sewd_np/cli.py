@@ -31,7 +31,6 @@ from sewd_np.transcribe import (
     transcribe,
 )
 
-ASSETS = Path(__file__).parent / "assets"
 CLIP = clip()
 
 # What a user can cause: a bad value, a bad file, a bad type in a file's contents, too long a recording, a library that
@@ -41,6 +40,9 @@ MENDABLE = (ValueError, OSError, TypeError, MemoryError, ModuleNotFoundError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` defaults to the process's own arguments. Returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (>&-); print would take the other one in its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
     # A file name need not be printable in the terminal's encoding; that must not cost the transcript.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()  # while there is still somebody to say that it cannot be written
     except KeyboardInterrupt:
         _complain("interrupted.")
         code = 130
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", metavar="FILE", help="recordings")
     default = f"(default: {DEFAULT_CLASSIFIER}, control words and digits)"
     command.add_argument("--model", default=DEFAULT_CLASSIFIER, help=f"{_MODEL_HELP} {default}")
-    command.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to print (default: 5)")
+    command.add_argument("--top-k", type=_count, default=5, metavar="K", help="labels to print (default: 5)")
     _add_common(command)
     command.set_defaults(run=_classify)
 
@@ -112,13 +115,26 @@ _PRECISION = "of backend numba: high uses the processor's matrix unit where ther
 _MODEL_HELP = "a bundled name, a folder, a weights file or a Hugging Face hub id"
 
 
+def _count(text: str) -> int:
+    """An option's whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is given; it must be a whole number of at least 1.")
+    return value
+
+
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"{_BACKENDS} (default: {DEFAULT_BACKEND})")
-    command.add_argument("--threads", type=int, metavar="N", help="CPU threads of backend numba (default: all cores)")
+    command.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads of backend numba (default: all cores)"
+    )
     command.add_argument("--precision", choices=PRECISIONS, help=f"{_PRECISION} (default: {PRECISIONS[0]})")
     command.add_argument(
         "--batch-size",
-        type=int,
+        type=_count,
         default=1,
         metavar="N",
         help="take N files at a time, those of about one length together, not on numpy: quicker where they are short, "
@@ -166,11 +182,15 @@ def _classify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from sewd_np.checkpoint import read_checkpoint
+    from sewd_np.checkpoint import ASSETS, read_checkpoint
     from sewd_np.info import describe
+    from sewd_np.processor import Processor
 
     checkpoint = read_checkpoint(options.model)
-    page = describe(checkpoint.config, checkpoint.head, options.seconds)
+    # As loading does, so that what cannot be used is said here too.
+    processor = Processor.from_files(checkpoint.preprocessor, checkpoint.tokenizer, checkpoint.vocab)
+    rate = processor.feature_extractor.sampling_rate
+    page = describe(checkpoint.config, checkpoint.head, options.seconds, rate)
     if options.backend is not None or options.precision is not None:
         from sewd_np.backend import get_operations
 
@@ -179,7 +199,6 @@ def _info(options: argparse.Namespace) -> int:
     print(page)
     if checkpoint.folder is not None and checkpoint.folder.parent == ASSETS:
         print("\n" + (checkpoint.folder / "README.md").read_text(encoding="utf-8"), end="")
-    sys.stdout.flush()
     return 0
 
 
@@ -225,8 +244,6 @@ def _for_each_file(
     whether it is one of several. A GPU's first result is long in coming, and the user is told why.
     """
     together = options.batch_size
-    if together < 1:
-        raise ValueError(f"--batch-size is {together}; it must be at least 1.")
     code = 0
     waiting = _patience(options.backend)
     for start in range(0, len(files), together):

@@ -17,7 +17,7 @@ import numpy as np
 
 from sewd_np import plot
 from sewd_np.page import GENERATOR, KINDS, page
-from sewd_np.trace import Trace, points
+from sewd_np.trace import LAYER, Trace, points
 from sewd_np.transcribe import Transcript, hear, load, read_transcript
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NEEDS_WORDS = "transcript"  # the kind that only a model with a CTC head can give
 FORMATS = (".pdf", ".png", ".svg")
+SCRATCH = ".sewd-np-"  # how the folder begins in which files lie until they are complete
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Seen:
     head: int
     every_layer: bool
     seconds_per_frame: float  # squeezed
+    sampling_rate: int
     backend: str
 
 
@@ -86,6 +88,7 @@ def look(
         head=head,
         every_layer=layer is None or kind is None,
         seconds_per_frame=config.inputs_to_logits_ratio * config.squeeze_factor / rate,
+        sampling_rate=rate,
         backend=model.ops.name,
     )
 
@@ -101,17 +104,16 @@ def kinds_for(config: Any, reads: bool) -> list[str]:
 def _names(model: SEWDModel, kinds: Sequence[str], layer: int) -> list[str]:
     """Names of the trace points that these pictures need, in the order in which they fire."""
     table = points(model.config, model.head)
-    block = "encoder.encoder.layer"
     layers = range(model.config.num_hidden_layers)
     needed = {
         # The maps of all layers, twice and in float64, would be most of what a long recording takes.
         "compare": {name for name, dims in table.items() if dims != "b h i j"},
         "features": {f"feature_extractor.conv_layers.{i}" for i in range(len(model.config.conv_dim))},
-        "similarity": {"encoder.encoder.input", *(f"{block}.{i}" for i in layers)},
-        "heads": {f"{block}.{i}.attention.self.probs" for i in layers},
-        "attention": {f"{block}.{layer}.attention.self.probs"},
-        "position-profile": {f"{block}.{layer}.attention.self.probs"},
-        "disentangle": {f"{block}.{layer}.attention.self.{x}" for x in ("c2c", "c2p", "p2c", "scores", "probs")},
+        "similarity": {"encoder.encoder.input", *(f"{LAYER}.{i}" for i in layers)},
+        "heads": {f"{LAYER}.{i}.attention.self.probs" for i in layers},
+        "attention": {f"{LAYER}.{layer}.attention.self.probs"},
+        "position-profile": {f"{LAYER}.{layer}.attention.self.probs"},
+        "disentangle": {f"{LAYER}.{layer}.attention.self.{x}" for x in ("c2c", "c2p", "p2c", "scores", "probs")},
         # Only the number of squeezed frames is asked for; a trace without a pattern would keep everything.
         "bucket-map": {"encoder.encoder.input"},
     }
@@ -126,7 +128,7 @@ def figure(seen: Seen, kind: str) -> Any:
         case "transcript":
             return plot.transcript(seen.transcript)
         case "features":
-            return plot.features(trace, seen.config, seen.transcript)
+            return plot.features(trace, seen.config, seen.transcript, sampling_rate=seen.sampling_rate)
         case "similarity":
             return plot.similarity(trace, step)
         case "heads":
@@ -157,42 +159,67 @@ def check_picture(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise ValueError(f"the picture {str(path)!r} {what}; name a file in a folder that does.")
+    _check_writable(path, path.parent)
 
 
 def write_picture(picture: Any, path: Path) -> None:
     """Write a figure; a file that was there before is replaced only when the new one is complete."""
     check_picture(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sewd-np-") as work:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as work:
         part = Path(work) / path.name
         picture.savefig(part, format=path.suffix[1:].lower())
         os.replace(part, path)
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ``ValueError`` for a folder that holds something else than an earlier page, or cannot be made."""
+    """Raise ``ValueError`` or ``OSError`` for a folder that holds something else than an earlier page, or cannot be
+    made or written to.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{str(folder)!r} is a link to nothing; name a folder.")
     if not folder.resolve().parent.is_dir():
         raise ValueError(f"the folder {str(folder)!r} cannot be made, for the one it is in does not exist.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    # Scratch folders may be left of a run that was killed.
+    if folder.is_dir() and not all(path.name.startswith(SCRATCH) for path in folder.iterdir()):
         index = folder / "index.html"
         if not index.is_file() or GENERATOR not in index.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(f"the folder {str(folder)!r} holds other files; name a new or an empty one.")
+    _check_writable(folder, _beside(folder))
+
+
+def _beside(folder: Path) -> Path:
+    """Where a page's files are made: from there they can be moved, for it is on the same disk as ``folder``."""
+    return folder if folder.is_dir() else folder.resolve().parent
+
+
+def _check_writable(path: Path, where: Path) -> None:
+    """Raise ``OSError`` if nothing can be made in the folder ``where``, or nothing of that name."""
+    try:
+        with tempfile.TemporaryDirectory(dir=where, prefix=SCRATCH) as work:
+            (Path(work) / path.resolve().name).touch()
+    except OSError as error:
+        raise OSError(f"{str(path)!r} cannot be written ({error.strerror}); name another place.") from error
 
 
 def write_page(seen: Seen, folder: Path, heading: str) -> None:
     """All pictures of ``seen``, and ``index.html`` beside them.
 
-    Everything is drawn before the folder is touched, and the page is put there last. ``heading`` names the recording
-    and the model.
+    Everything is drawn before an earlier page is touched, and the new one is put there last; pictures of the earlier
+    one that it does not show are then removed. ``heading`` names the recording and the model.
     """
     check_folder(folder)
     kinds = seen.kinds
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".sewd-np-") as work:
+    with tempfile.TemporaryDirectory(dir=_beside(folder), prefix=SCRATCH) as work:
         for kind in kinds:
             figure(seen, kind).savefig(Path(work) / f"{kind}.png", format="png", dpi=120)
         text = None if seen.transcript is None else seen.transcript.text
-        (Path(work) / "index.html").write_text(page(kinds, heading, text, seen.layer, seen.head), encoding="utf-8")
+        html = page(kinds, heading, text, seen.layer, seen.head)
+        # A file name need not be UTF-8, and stands in the heading.
+        (Path(work) / "index.html").write_text(html, encoding="utf-8", errors="backslashreplace")
         folder.mkdir(exist_ok=True)
         for name in (*(f"{kind}.png" for kind in kinds), "index.html"):
             os.replace(Path(work) / name, folder / name)
+    for kind in set(KINDS) - set(kinds):
+        (folder / f"{kind}.png").unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """What a model is made of, in numbers: parameters, rates, receptive field, multiply-adds. Counting only, no arrays.
 
 A multiply-add is two FLOP. Dense products alone are counted; norms, activations, softmax, gathers and additions
-are left out, as is usual: they cost time, but not by this measure. With s frames at 50/s, t squeezed frames at
-25/s, c channels of the last convolution, d hidden, f feed-forward, v vocabulary and p = 2·S rows of the
+are left out, as is usual: they cost time, but not by this measure. With s frames, 50/s in published models, t squeezed
+frames, half as many, c channels of the last convolution, d hidden, f feed-forward, v vocabulary and p = 2·S rows of the
 relative-position table, one recording costs:
 
     feature encoder       Σ_i  s_i · c_(i-1) · k_i · c_i              one term a convolution
@@ -39,6 +39,7 @@ PARTS = {  # how a parameter's name begins -> the part it belongs to; the first 
 }
 
 
+LONGEST = 1e9  # seconds to count for: 30 years, and the square of their frames is still a number to print
 HEAD_NAMES = {"model": "none", "ctc": "CTC", "classification": "sequence classification"}
 
 
@@ -61,8 +62,7 @@ def count_multiply_adds(config: SEWDConfig, head: str, samples: int) -> dict[str
     """
     if samples < config.minimum_samples:
         raise ValueError(
-            f"{samples} samples are too short for this model; it needs at least {config.minimum_samples} "
-            f"({config.minimum_samples / SAMPLING_RATE:g} s)."
+            f"{samples} samples are too short for this model; it needs at least {config.minimum_samples} samples."
         )
     d, layers = config.hidden_size, config.num_hidden_layers
     lengths, channels = config.conv_lengths(samples), (1, *config.conv_dim)
@@ -97,23 +97,27 @@ def position_table_multiply_adds(config: SEWDConfig) -> int:
     return config.num_hidden_layers * terms * 2 * config.position_span * config.hidden_size**2
 
 
-def describe(config: SEWDConfig, head: str, seconds: float) -> str:
+def describe(config: SEWDConfig, head: str, seconds: float, sampling_rate: int = SAMPLING_RATE) -> str:
     """A page about a model: rates, parameters per part, multiply-adds for so many seconds, config.
 
-    Raises ``ValueError`` where ``seconds`` is not a length that the model can hear.
+    sampling_rate: samples per second, of the model's feature extractor. Raises ``ValueError`` where ``seconds`` is not
+    a length that the model can hear, or beyond ``LONGEST``.
     """
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"seconds is {seconds:g}; it must be a number above 0.")
-    samples = round(seconds * SAMPLING_RATE)
+    if not 0 < seconds <= LONGEST:  # so is NaN refused
+        raise ValueError(f"seconds is {seconds:g}; it must be a number above 0, and {LONGEST:g} at most.")
+    samples = round(seconds * sampling_rate)
+    if samples < config.minimum_samples:
+        shortest = config.minimum_samples / sampling_rate
+        raise ValueError(f"seconds is {seconds:g}, too short for this model; it needs at least {shortest:g}.")
     work, table_work = count_multiply_adds(config, head, samples), position_table_multiply_adds(config)
     frames = config.frames(samples)
-    rate = SAMPLING_RATE / config.inputs_to_logits_ratio
+    rate = sampling_rate / config.inputs_to_logits_ratio
     lines = [
         f"head                {HEAD_NAMES[head]}",
-        f"sampling rate       {SAMPLING_RATE} Hz",
+        f"sampling rate       {sampling_rate} Hz",
         f"frame rate          {rate:g}/s, {rate / config.squeeze_factor:g}/s inside the transformer",
-        f"receptive field     {_duration(config.receptive_field)} a frame; attention and norms see all",
-        f"shortest recording  {_duration(config.minimum_samples)}",
+        f"receptive field     {_duration(config.receptive_field, sampling_rate)} a frame; attention and norms see all",
+        f"shortest recording  {_duration(config.minimum_samples, sampling_rate)}",
         "",
         "Parameters",
         *_rows({part: f"{count:,}" for part, count in _with_total(count_parameters(config, head)).items()}),
@@ -140,5 +144,5 @@ def _rows(cells: dict[str, str]) -> list[str]:
     return [f"  {name:<{width}}  {number:>{digits}}" for name, number in cells.items()]
 
 
-def _duration(samples: int) -> str:
-    return f"{samples} samples ({1000 * samples / SAMPLING_RATE:g} ms)"
+def _duration(samples: int, sampling_rate: int) -> str:
+    return f"{samples} samples ({1000 * samples / sampling_rate:g} ms)"

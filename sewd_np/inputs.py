@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from sewd_np.config import SAMPLING_RATE, SEWDConfig
 from sewd_np.losses import class_labels, ctc_labels
 from sewd_np.memory import require_memory
 from sewd_np.params import expected_shapes
-from sewd_np.trace import Trace, any_inside
+from sewd_np.trace import Trace, any_inside, shapes
 
 if TYPE_CHECKING:
     from sewd_np.model import SEWDModel
@@ -90,29 +91,34 @@ def require_score_memory(
     edited: Collection[str],
     together: int,
 ) -> None:
-    """Raise ``MemoryError`` before the work starts if the (t, t) score matrices cannot fit.
+    """Raise ``MemoryError`` before the work starts if the (t, t) score matrices and what a trace keeps cannot fit.
 
-    ``together`` recordings of ``batch`` are computed at a time; maps that the caller asked for are kept for all.
+    ``together`` recordings of ``batch`` are computed at a time; what the caller asked for is kept for all.
     ``edited`` are the points that the caller changes.
     """
     config, ops, itemsize = model.config, model.ops, model.dtype.itemsize
     t = config.squeezed(config.frames(samples))
-    maps = [] if trace is None else [name for name, dims in trace.dims.items() if dims == "b h i j"]
-    kept = len(maps) + output_attentions * config.num_hidden_layers
+    maps_bytes = config.num_hidden_layers * batch * config.num_attention_heads * t * t * itemsize
+    kept_bytes = maps_bytes if output_attentions else 0
+    if trace is not None:
+        sizes = shapes(config, model.head, batch, samples)
+        kept_bytes += sum(math.prod(sizes[name]) for name in trace.dims) * itemsize
     asked = [*edited, *(() if trace is None else trace.dims)]
     tables = ("encoder.encoder.rel_embeddings", "encoder.encoder.LayerNorm")  # traced at no cost, but not edited
     inside = [f"encoder.encoder.layer.{i}.attention.self." for i in range(config.num_hidden_layers)]
     explicit = output_attentions or any_inside(asked, *inside) or any_inside(edited, *tables)
     needed = ops.attention_bytes(together, config.num_attention_heads, t, itemsize, explicit)
-    kept_bytes = kept * batch * config.num_attention_heads * t * t * itemsize
     advice = "cut the recording into shorter pieces"
-    if explicit:
-        advice += " or ask for fewer attention maps" if kept else " or leave out what looks inside the attention"
+    if trace is not None:
+        advice += " or trace fewer points"
+    elif explicit:
+        asks = "ask for fewer attention maps" if output_attentions else "leave out what looks inside the attention"
+        advice += f" or {asks}"
     elif ops.name == "numpy":
         advice += " or use backend 'numba', whose memory grows with the length and not with its square"
     what = (
-        f"attention over {samples / SAMPLING_RATE:.1f} s of sound ({t} squeezed frames, batch of {batch}) "
-        f"on backend {ops.name!r}"
+        f"attention{'' if trace is None else ' and trace'} over {samples / SAMPLING_RATE:.1f} s of sound "
+        f"({t} squeezed frames, batch of {batch}) on backend {ops.name!r}"
     )
     if ops.own_memory is not None:  # a GPU's, where the work happens; what the caller keeps lies in main memory
         if needed > 0:  # asking a GPU takes as long as some kernels

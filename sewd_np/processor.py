@@ -4,6 +4,9 @@
 
     y[n] = (x[n] − mean) / sqrt(var + 1e-7)         var = mean of (x − mean)², over all n counted, not n − 1
 
+The 1e-7, the reference's own, keeps silence finite. A recording that is much fainter than 1e-4 of full scale (−80 dB)
+drowns in it, and comes out as good as silent; above, loudness does not matter.
+
 What is counted depends on the checkpoint. Where it returns an attention mask, each recording's own samples, and the
 padding is set back to the padding value. Where it returns none (every published SEW-D), the whole padded row, padding
 included: so a short recording in a batch is scaled otherwise than alone. ``transcribe`` therefore gives one recording
@@ -19,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sewd_np.audio import AudioError, as_array, check_rate
+from sewd_np.audio import AudioError, as_array, check_peak, check_rate
 from sewd_np.config import SAMPLING_RATE
 from sewd_np.tokenizer import CTCTokenizer
 
@@ -173,7 +176,7 @@ class Processor:
             of this file).
 
         Returns ``ProcessorOutput``. Raises ``AudioError`` for a recording that cannot be used (shape, type, no
-        samples, NaN), ``ValueError`` for a wrong rate or padding.
+        samples, NaN, beyond ``audio.LOUDEST``), ``ValueError`` for a wrong rate or padding.
         """
         return self.feature_extractor(audio, sampling_rate, padding, return_attention_mask)
 
@@ -217,7 +220,7 @@ class Processor:
 
 def _recordings(audio: Any) -> list[np.ndarray]:
     """Waveforms (n,) of what the caller passed: each not empty, finite, of a real number type."""
-    if isinstance(audio, list | tuple) and len(audio) and not isinstance(audio[0], numbers.Real):
+    if isinstance(audio, list | tuple) and not (len(audio) and isinstance(audio[0], numbers.Real)):
         waves = [as_array(wave) for wave in audio]
     else:
         array = as_array(audio)
@@ -233,6 +236,11 @@ def _recordings(audio: Any) -> list[np.ndarray]:
         raise AudioError("There is no recording in the list; pass at least one.")
     for i, wave in enumerate(waves):
         which = f"Recording {i} of {len(waves)}" if len(waves) > 1 else "The recording"
+        if wave.ndim == 0:  # of a list only: a path, None, one number among arrays
+            raise AudioError(
+                f"{which} is a {type(audio[i]).__name__}, expected a waveform (samples,); "
+                "sewd_np.audio.load_audio reads files."
+            )
         if wave.ndim != 1:
             raise AudioError(
                 f"{which} has shape {wave.shape}, expected (samples,); mix channels down (their mean), and pass "
@@ -244,6 +252,7 @@ def _recordings(audio: Any) -> list[np.ndarray]:
             raise AudioError(f"{which} holds no samples (zero length).")
         if not np.isfinite(wave).all():
             raise AudioError(f"{which} holds samples that are NaN or infinite; repair or replace them.")
+        check_peak(wave, which)
     # Half precision overflows in the sum of squares; the reference would go on in it.
     return [wave.astype(np.float32) if wave.dtype == np.float16 else wave for wave in waves]
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray
+LAYER = "encoder.encoder.layer"  # how the names of all points of a layer begin, before its number
 
 
 def points(config: Any, head: str) -> dict[str, str]:
@@ -58,7 +60,7 @@ def points(config: Any, head: str) -> dict[str, str]:
         if config.normalizes_positions:
             table["encoder.encoder.LayerNorm"] = "p d"
     for i in range(config.num_hidden_layers):
-        table.update(_layer_points(config, f"encoder.encoder.layer.{i}"))
+        table.update(_layer_points(config, f"{LAYER}.{i}"))
         if i == 0 and config.conv_kernel_size > 0:
             table["encoder.encoder.conv.conv"] = "b t d"
             table["encoder.encoder.conv"] = "b t d"
@@ -148,12 +150,13 @@ def any_inside(asked: Iterable[str], *names: str) -> bool:
     return any(point.startswith(name) if name.endswith(".") else point == name for name in names for point in asked)
 
 
-class Trace:
+class Trace(Mapping[str, Array]):
     """Values of the trace points whose names match one of ``patterns`` (shell style: ``*`` matches dots too).
 
-    Pass it to a model call; afterwards it maps names to NumPy arrays, in the order in which they fired. ``dims`` gives
-    each value's shape in the dimension key. A trace holds one call: the next call starts it anew. No pattern means
-    every point, which for a long recording is a great deal of memory: each layer keeps six (b, h, t, t) arrays.
+    Pass it to a model call; afterwards it is a mapping from names to NumPy arrays, in the order in which they fired.
+    ``dims`` gives each value's shape in the dimension key. A trace holds one call: the next call starts it anew. No
+    pattern means every point, which for a long recording is a great deal of memory: each layer keeps six (b, h, t, t)
+    arrays.
     """
 
     def __init__(self, *patterns: str) -> None:
@@ -163,7 +166,7 @@ class Trace:
                     f"a trace pattern is {pattern!r}; it must be a string such as '*.attention.self.probs'."
                 )
         self.patterns = patterns or ("*",)
-        self.values: dict[str, Array] = {}
+        self._arrays: dict[str, Array] = {}
         self.dims: dict[str, str] = {}
 
     def start(self, declared: dict[str, str]) -> None:
@@ -171,38 +174,69 @@ class Trace:
 
         Raises ``ValueError`` for a pattern that matches none.
         """
-        self.values = {}
+        self._arrays = {}
         self.dims = {}
         chosen = {name for pattern in self.patterns for name in matching(pattern, declared, "trace pattern")}
         self.dims = {name: dims for name, dims in declared.items() if name in chosen}
 
     def record(self, name: str, value: Array) -> None:
         """Keep a copy of ``value``; a point fires once a call."""
-        assert name not in self.values, f"trace point {name} fired twice"
-        self.values[name] = np.array(value)
+        assert name not in self._arrays, f"trace point {name} fired twice"
+        self._arrays[name] = np.array(value)
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self.values:
-            raise KeyError(f"{name} was not recorded; this trace holds {len(self.values)} points.")
-        return self.values[name]
+        if name not in self._arrays:
+            raise KeyError(f"{name} was not recorded; this trace holds {len(self._arrays)} points.")
+        return self._arrays[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self._arrays)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.values
+        return name in self._arrays
+
+    # A mapping's own comparison would ask an array whether it is true.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"Trace({', '.join(map(repr, self.patterns))}): {len(self.values)} points"
+        return f"Trace({', '.join(map(repr, self.patterns))}): {len(self._arrays)} points"
 
 
 # ------------------------------------------------------------------- changing a value
 
 Change = Callable[[Array], Array]
 Edit = Mapping[str, Change]  # from names or shell patterns to functions
+
+
+class InOrder(Mapping[str, Change]):
+    """An edit of (pattern, function) pairs, of which several may have one pattern, with others between them.
+
+    As a mapping it has each pattern once, with all that is done under it; ``pairs`` alone tells the whole order.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Change]]) -> None:
+        self.pairs = tuple(pairs)
+
+    def __getitem__(self, pattern: str) -> Change:
+        changes = [change for own, change in self.pairs if own == pattern]
+        if not changes:
+            raise KeyError(pattern)
+        return lambda value: functools.reduce(lambda x, change: change(x), changes, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self.pairs))
+
+    def __len__(self) -> int:
+        return len(dict(self.pairs))
+
+
+def pairs_of(edit: Edit) -> Iterable[tuple[str, Change]]:
+    """An edit's patterns and functions, in the order in which they apply."""
+    return edit.pairs if isinstance(edit, InOrder) else edit.items()
 
 
 def resolve_edit(edit: Edit | None, declared: Iterable[str]) -> dict[str, list[Change]]:
@@ -219,7 +253,7 @@ def resolve_edit(edit: Edit | None, declared: Iterable[str]) -> dict[str, list[C
             f"edit is {edit!r}; it must be a dictionary from names of points to functions, "
             "such as {'*.attention.self.c2p': np.zeros_like}."
         )
-    for pattern, change in edit.items():
+    for pattern, change in pairs_of(edit):
         if not isinstance(pattern, str) or not callable(change):
             raise TypeError(
                 f"edit has {pattern!r}: {change!r}; it must be the name of a point (a string) and a function that "

@@ -147,8 +147,9 @@ def transcribe(
     model: what ``load`` takes, or a loaded model, whose own backend, threads and precision then count.
     backend: "numba" if not given, "numpy" or "cuda"; see ``load``.
     threads: CPU threads of backend "numba", all cores if not given.
-    sampling_rate: samples per second of arrays, the model's own (16,000) if not given; a file says its own.
-    progress: draw a bar on standard error.
+    sampling_rate: samples per second of arrays, the model's own (16,000) if not given; a file says its own. With a list
+    it is for the arrays in it; with a single file that says another one it is an error.
+    progress: draw a bar on standard error for a list.
     evidence: keep the sound and the probabilities with the transcript, for ``plot.transcript`` and ``plot.attention``.
     edit: change intermediates of the model on the way, as in a model call; ``ablate`` has ready ones.
     batch_size: how many recordings of a list share a model call at most, 8 if not given. Only those of about one length
@@ -271,6 +272,8 @@ def _each(
     edit: Edit | None = None,
 ) -> Any:
     """``read`` (sound, logits) of a recording, or of each of a list, in the order of the list."""
+    from sewd_np.audio import check_rate
+
     if batch_size is None:
         batch_size = TOGETHER
     elif isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
@@ -278,6 +281,8 @@ def _each(
     if not isinstance(audio, list | tuple):
         wave_n = hear(model, audio, sampling_rate)
         return read(wave_n, _logits(model, [wave_n], edit)[0])
+    if sampling_rate is not None:
+        check_rate(sampling_rate)  # here, for a list may hold nothing that it is for
     if model.ops.one_by_one or edit is not None:  # an edit meets the recordings in order
         batch_size = 1
     from tqdm import tqdm
@@ -302,8 +307,9 @@ def _read_ahead(
     """A list's recordings by their number, ``count`` or some ``most`` samples at a time: all might fill memory."""
     waves: dict[int, np.ndarray] = {}
     for i, recording in enumerate(audio):
+        is_file = isinstance(recording, str | os.PathLike) or hasattr(recording, "read")
         with _naming([i]):
-            waves[i] = hear(model, recording, sampling_rate)
+            waves[i] = hear(model, recording, None if is_file else sampling_rate)
         if len(waves) == count or sum(map(len, waves.values())) >= most:
             yield waves
             waves = {}
@@ -333,8 +339,9 @@ def _naming(numbers: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except (AudioError, OSError, MemoryError) as error:
-        # NumPy's own MemoryError cannot be made from a message.
-        kind = MemoryError if isinstance(error, MemoryError) else type(error)
+        # Foreign kinds (NumPy's own MemoryError, an HTTP library's OSError) cannot all be made from a message.
+        kinds = type(error).__mro__
+        kind = next(kind for kind in kinds if kind is AudioError or kind.__module__ == "builtins")
         raise kind(f"{', '.join(f'audio[{i}]' for i in sorted(numbers))}: {error}") from error
 
 

@@ -44,6 +44,10 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file by name; raises ``CheckpointError`` if it is cut short or no such file."""
+    if path.stat().st_size == 0:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file, for it is empty (0 bytes); download or copy it again."
+        )
     try:
         # The library checks the header against the file's length.
         with safe_open(path, framework="np") as file:
@@ -62,7 +66,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _foreign(path: Path) -> str:
     found = describe_file(path)
-    return f"; it is {found}" if "text" in found or "empty" in found or "zip" in found else ""
+    return f"; it is {found}" if "text" in found or "zip" in found else ""
 
 
 def _read_bfloat16(path: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_silence_is_quiet() -> None:
             assert len(resampled_n) == 16_000 and not resampled_n.any()
 
 
-@given(samples=hnp.arrays(np.float64, st.integers(1, 50), elements=st.floats(-1e30, 1e30)))
+@given(samples=hnp.arrays(np.float64, st.integers(1, 50), elements=st.floats(-1e15, 1e15)))
 @settings(deadline=None, derandomize=True)
 def test_any_finite_waveform_is_rounded_to_float32(samples: np.ndarray) -> None:
     np.testing.assert_array_equal(as_waveform(samples), samples.astype(np.float32))
@@ -245,9 +246,37 @@ def test_rate_that_contradicts_the_file(tmp_path: Path) -> None:
 
 
 def test_text_mode_file(tmp_path: Path) -> None:
-    assert (
-        error_of(io.StringIO("text")) == "the given StringIO gave str, expected bytes; open it in binary mode ('rb')."
-    )
+    path = written(tmp_path / "a.flac", tone(16_000), 16_000)
+    with path.open() as file:
+        assert re.search(r"a\.flac' is open in text mode, .*; open it in binary mode", error_of(file))
+    assert "the given StringIO is open in text mode" in error_of(io.StringIO("text"))
+    with tempfile.NamedTemporaryFile("w+", encoding="utf-8") as wrapper:  # says nothing of its mode before it is read
+        wrapper.write("text")
+        wrapper.seek(0)
+        assert "gave str, expected bytes; open it in binary mode ('rb')." in error_of(wrapper)
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.wav", tone(16_000), 16_000)
+    with path.open("rb") as file:
+        load_audio(file)
+        assert error_of(file).endswith("a.wav' has been read to its end already; call its seek(0) first.")
+        file.seek(0)
+        assert len(load_audio(file)) == 8_000
+    assert re.search(r"a\.wav' cannot be read \(read of closed file\); pass a file that is open", error_of(file))
+    with (tmp_path / "b.wav").open("wb") as file:
+        assert re.search(r"b\.wav' cannot be read \(read\); pass a file that is open in binary mode", error_of(file))
+
+
+def test_paths_from_home_and_empty_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "a.wav", tone(16_000), 16_000)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert len(load_audio("~/a.wav")) == len(load_audio(Path("~/a.wav"))) == 8_000
+    with pytest.raises(FileNotFoundError, match=r"There is no file '~/b\.wav'"):
+        load_audio("~/b.wav")
+    with pytest.raises(FileNotFoundError, match=r"The path is empty \(''\)"):
+        load_audio("")
 
 
 def test_pipe_is_read_to_its_end(tmp_path: Path) -> None:
@@ -285,6 +314,22 @@ def test_types_that_are_no_samples(dtype: Any) -> None:
     assert re.search(
         rf"samples of type {re.escape(str(samples.dtype))}, expected floating point in ±1 or PCM", error_of(samples)
     )
+
+
+@pytest.mark.parametrize("several", [(x for x in ()), {"a.wav", "b.wav"}, map(str, ())])
+def test_several_recordings_must_be_a_list(several: Any) -> None:
+    assert "is not a recording; for several recordings pass list(...) of it." in error_of(several)
+
+
+@pytest.mark.parametrize("peak", [-2e15, 1e25, 3.4e38])
+def test_samples_too_large_to_be_normalised(peak: float) -> None:
+    samples = np.zeros(1_000)
+    samples[3] = peak
+    for rate in (8_000, 16_000):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            message = error_of(samples, sampling_rate=rate)
+        assert message.startswith(f"The recording holds samples as large as {abs(peak):.3g}, expected about ±1")
 
 
 def test_array_of_zero_length() -> None:

@@ -203,8 +203,6 @@ def test_command_line_in_batches(
         said = capsys.readouterr()
         assert [line.split(": ")[0] for line in said.out.splitlines()] == [paths[i] for i in (0, 1, 3, 4)]
         assert said.err.count("\n") == 1 and paths[2] in said.err and "audio[" not in said.err
-    assert cli.main(["transcribe", paths[0], "--batch-size", "0"]) == 2
-    assert capsys.readouterr().err == "sewd-np: --batch-size is 0; it must be at least 1.\n"
 
 
 @pytest.mark.parametrize(("backend", "says"), [("numpy", "arrays: NumPy"), ("numba", "kernels: Numba, on")])

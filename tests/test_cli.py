@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -141,7 +142,8 @@ def test_too_short_a_file_is_named(capsys: Captured, tmp_path: Path) -> None:
         (["info", "no-such-model"], "no-such-model"),
         (["info", "an4", "--seconds", "0"], "seconds is 0"),
         (["info", "an4", "--seconds", "nan"], "seconds is nan"),
-        (["info", "an4", "--seconds", "0.01"], "too short"),
+        (["info", "an4", "--seconds", "0.01"], "too short for this model; it needs at least 0.045"),
+        (["info", "an4", "--seconds", "1e308"], "seconds is 1e+308; it must be a number above 0, and 1e+09 at most"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys: Captured, arguments: list[str], said: str) -> None:
@@ -202,6 +204,17 @@ def test_a_full_disk_is_one_sentence() -> None:
     assert "Traceback" not in done.stderr and "No space left" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_closed_streams_are_no_traceback() -> None:
+    def run(arguments: str) -> tuple[int, str, str]:
+        command = f"{sys.executable} -m sewd_np {arguments}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("info an4 --seconds 1 >&-") == (0, "", "")
+    assert run("transcribe nowhere.wav --backend numpy 2>&-") == (2, "", "")
+
+
 def test_version(capsys: Captured) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -224,9 +237,15 @@ def test_classify_prints_labels_best_first(capsys: Captured, classifier_folder: 
     assert printed["labels"][:2] == [{"label": label.label, "score": label.score} for label in expected]
 
 
-def test_classify_refuses_a_top_k_of_0(capsys: Captured, classifier_folder: str) -> None:
-    assert cli.main(["classify", str(cli.CLIP), "--model", classifier_folder, "--top-k", "0"]) == 2
-    assert "top_k is 0" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--top-k", "--batch-size", "--threads"])
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
+def test_counts_are_checked_once_and_before_the_files(capsys: Captured, option: str, value: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["classify", "a.wav", "b.wav", option, value])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count(f"argument {option}: '{value}' is given; it must be a whole number of at least 1") == 1
+    assert "a.wav" not in err
 
 
 # ------------------------------------------------------------------------------ info
@@ -245,6 +264,21 @@ def test_info_prints_everything(capsys: Captured) -> None:
     ):
         assert said in page
     assert "# Model card: an4" in page
+
+
+def test_info_follows_the_preprocessor(capsys: Captured, classifier_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier_folder, tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "sampling_rate": 8_000}))
+    assert cli.main(["info", str(folder), "--seconds", "2"]) == 0
+    page = capsys.readouterr().out
+    for said in ("8000 Hz", "25/s, 12.5/s", "400 samples (50 ms)", "720 samples (90 ms)", "for 2 s: 16,000 samples"):
+        assert said in page
+    path.write_text(json.dumps({**settings, "do_normalize": "yes"}))
+    assert cli.main(["info", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "do_normalize in preprocessor_config.json is 'yes'" in err
 
 
 def test_info_of_a_folder_has_no_card(capsys: Captured, classifier_folder: str) -> None:

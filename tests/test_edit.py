@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,39 @@ def test_together() -> None:
     assert (trace[f"{LAYER}.attention.self.probs"] == 0).all()
     assert (trace["encoder.encoder.layer.0.attention.self.probs"][:, 0] != 0).any()
     assert ablate.together() == {}
+
+
+def test_together_keeps_the_order_of_patterns_that_come_again() -> None:
+    """((0 + 1) + 1) · 10; a dictionary would call both functions of "lm_head" before that of "lm_*"."""
+    first, second = {"lm_head": lambda x: 0 * x + 1}, {"lm_*": lambda x: x + 1}
+    edit = ablate.together(ablate.together(first, second), {"lm_head": lambda x: 10 * x})
+    assert (build({})(wave(), edit=edit).logits == 20).all()
+    assert list(edit) == ["lm_head", "lm_*"] and edit["lm_head"](np.zeros(1)) == 10
+    with pytest.raises(KeyError):
+        edit["encoder"]
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: ablate.drop_head(0, 1.0), "head is 1.0; it must be a whole number"),
+        (lambda: ablate.drop_head("0", 1), "layer is '0'; it must be a whole number"),
+        (lambda: ablate.shuffle_positions(-1), "seed is -1; it must be a whole number of at least 0"),
+    ],
+)
+def test_ablations_take_whole_numbers(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_a_trace_is_a_mapping() -> None:
+    trace = Trace("encoder.*input")
+    build({})(wave(), trace=trace)
+    names = ["encoder.input", "encoder.encoder.input"]
+    assert list(trace.keys()) == list(dict(trace)) == names
+    for (name, value), other in zip(trace.items(), trace.values(), strict=True):
+        assert value is other is trace[name] is trace.get(name)
+    assert trace.get("encoder") is None and trace == trace and trace != Trace("encoder.*input") and {trace}
 
 
 def test_transcribe_with_an_edit() -> None:

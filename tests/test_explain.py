@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +162,69 @@ def test_a_folder_of_other_files_is_left_alone(small: str, tmp_path: Path, capsy
     assert cli.main(["explain", "-o", str(tmp_path), "--model", small]) == 2
     assert "holds other files" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("index.html", "mine")]
+
+
+def test_an_earlier_pages_pictures_do_not_stay(small: str, noise: str, tmp_path: Path) -> None:
+    """A classifier's page has no transcript; what else the folder holds is not ours to remove."""
+    classifier, folder = tmp_path / "classifier", tmp_path / "page"
+    small_model("classification").save_pretrained(classifier)
+    assert cli.main(["explain", noise, "-o", str(folder), "--model", small]) == 0
+    (folder / "notes.txt").touch()
+    assert cli.main(["explain", noise, "-o", str(folder), "--model", str(classifier)]) == 0
+    assert {path.name for path in folder.iterdir()} == {
+        "index.html",
+        "notes.txt",
+        *(f"{kind}.png" for kind in KINDS if kind != "transcript"),
+    }
+
+
+def test_a_folder_may_be_a_disk_of_its_own(
+    small: str, noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdtemp(suffix: str | None, prefix: str, dir: Path) -> str:
+        assert Path(dir) == folder, "from elsewhere nothing could be moved there"
+        return real(suffix, prefix, dir)
+
+    folder, real = tmp_path / "mounted", tempfile.mkdtemp
+    folder.mkdir()
+    (folder / ".sewd-np-left").mkdir()  # of a run that was killed
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    assert cli.main(["explain", noise, "-o", str(folder), "--model", small]) == 0
+    assert (folder / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["plot", "bucket-curve", "-o", "a.png"], "'a.png' cannot be written (Read-only file system); name another"),
+        (["explain", "-o", "page"], "'page' cannot be written (Read-only file system); name another place"),
+        (["explain", "-o", "link"], "'link' is a link to nothing; name a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_any_work(
+    arguments: list[str], said: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), ".sewd-np-abc")
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("nowhere")
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(cli, "_look", never)
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1 and ".sewd-np" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such names may not be made")
+def test_a_file_name_that_is_not_utf8(small: str, noise: str, tmp_path: Path) -> None:
+    recording, folder = tmp_path / os.fsdecode(b"caf\xe9.wav"), tmp_path / "page"
+    shutil.copy(noise, recording)
+    assert cli.main(["explain", str(recording), "-o", str(folder), "--model", small]) == 0
+    assert "caf\\udce9.wav" in (folder / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_recording_that_cannot_be_used_makes_no_folder(small: str, tmp_path: Path, capsys: Captured) -> None:

@@ -13,6 +13,7 @@ from sewd_np import inputs, memory
 from sewd_np.backend import NUMPY, get_operations
 from sewd_np.config import SEWDConfig
 from sewd_np.params import random_params
+from sewd_np.trace import Trace
 
 CONFIG = SEWDConfig(
     hidden_size=16,
@@ -137,6 +138,15 @@ def test_padded_recordings_are_counted_one_by_one(model: sewd_np.SEWDForCTC, mon
     one(model, 2, 16_000, False, None, (), together=1)
     one(model, 2, 16_000, True, None, (), together=1)
     assert asked[0] == asked[1] < asked[2]
+
+
+def test_everything_that_a_trace_keeps_is_counted(model: sewd_np.SEWDForCTC, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(inputs, "require_memory", lambda needed, what, advice: asked.append(needed))
+    trace = Trace("feature_extractor.*", "encoder")
+    inputs.require_score_memory(model, 2, 16_000, False, None, (), together=2)
+    model(np.zeros((2, 16_000), np.float32), trace=trace)
+    assert asked[1] - asked[0] == sum(trace[name].nbytes for name in trace) > 0
 
 
 def test_params_must_fit_the_config() -> None:

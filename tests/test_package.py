@@ -54,10 +54,14 @@ def is_kernel_room(room: str) -> bool:
     return room.startswith(("cpu_", "cuda_"))
 
 
-@pytest.mark.parametrize("room", ["config", "trace", "memory", "page", "ablate"])
+@pytest.mark.parametrize("room", ["config", "trace", "memory", "page"])
 def test_rooms_at_the_bottom_import_nothing_of_ours(room: str) -> None:
     if room in ROOMS:
         assert rooms_imported(room) == set()
+
+
+def test_ablations_know_only_the_table_of_points() -> None:
+    assert rooms_imported("ablate") == {"trace"}
 
 
 @pytest.mark.parametrize("room", ["layers", "attention", "losses"])

@@ -347,6 +347,14 @@ def test_compare_marks_the_first_that_differs() -> None:
     assert not any("first that differs" in text for text in equal)
 
 
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+def test_compare_may_tolerate_nothing(change: float) -> None:
+    other = {name: value + change for name, value in traced().items()}
+    texts = [text.get_text() for text in visible_texts(plot.compare(traced(), other, tolerance=0))]
+    assert any("points agree within 0" in text for text in texts)
+    assert any("first that differs" in text for text in texts) == (change > 0)
+
+
 def test_features_know_their_frame_rates() -> None:
     texts = " ".join(text.get_text() for text in visible_texts(drawn("features")))
     assert "3200 frames/s" in texts and "50 frames/s" in texts
@@ -354,6 +362,8 @@ def test_features_know_their_frame_rates() -> None:
     trace = {f"feature_extractor.conv_layers.{i}": np.ones((1, 9, 6)) for i in range(2)}
     texts = " ".join(text.get_text() for text in visible_texts(plot.features(trace, config)))
     assert "2000 frames/s" in texts and "500 frames/s" in texts
+    texts = " ".join(text.get_text() for text in visible_texts(plot.features(trace, config, sampling_rate=8_000)))
+    assert "1000 frames/s" in texts and "250 frames/s" in texts
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -378,6 +388,14 @@ NO_ATTENTIONS = SEWDOutput(last_hidden_state=np.zeros(1))
             lambda: plot.attention(traced(), transcript=spoken(0.8)),
             "the transcript ends at 0.8 s, but the map reaches 1.2",
         ),
+        (
+            lambda: plot.attention(traced(), transcript=spoken(1.4)),
+            "the transcript ends at 1.4 s, but the map at 1.2 s (30 frames of 0.04 s)",
+        ),
+        (lambda: plot.attention(traced(), None), "layer is None; it must be a whole number"),
+        (lambda: plot.position_profile(traced(), None), "layer is None; it must be a whole number"),
+        (lambda: plot.features(traced(), "an4"), "a str is given; a SEWDConfig is needed"),
+        (lambda: plot.compare(traced(), traced(), -1), "tolerance is -1; it must be"),
         (lambda: plot.transcript(Transcript("A", (), 1.0)), "evidence=True"),
         (lambda: plot.transcript(spoken(), start=3), "the stretch from 3 s to 1.2 s"),
         (lambda: plot.disentangle(traced(), 9, 0), "Trace('encoder.encoder.layer.9.attention.self.*')"),

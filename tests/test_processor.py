@@ -119,6 +119,16 @@ def test_what_is_normalised_over() -> None:
     assert np.unique(whole_row[500:]).size == 1 and whole_row[500] != 0
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e15])
+def test_loudness_does_not_matter_between_the_limits(scale: float) -> None:
+    """At a thousandth of full scale the ε of 1e-7 counts for a few per cent, at the upper limit nothing overflows."""
+    wave_n = np.random.default_rng(0).uniform(-1, 1, 16_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, scaled = PROCESSOR(wave_n).input_values, PROCESSOR(scale * wave_n).input_values
+    assert np.abs(scaled - (plain if scale > 1 else plain / np.sqrt(1 + 1e-7 / (scale * wave_n).var()))).max() < 1e-4
+
+
 def test_silence_and_half_precision_are_finite() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -164,7 +174,10 @@ def test_wrong_rate() -> None:
         ),
         ([np.zeros((2, 1000))], r"The recording has shape \(2, 1000\), expected \(samples,\); mix channels down"),
         ([np.zeros(900), np.zeros((2, 900))], r"Recording 1 of 2 has shape \(2, 900\)"),
-        ([], r"holds no samples"),
+        ([], r"no recording in the list"),
+        (["a.flac", "b.flac"], r"Recording 0 of 2 is a str, expected a waveform .*load_audio reads files"),
+        ([np.zeros(900), None], r"Recording 1 of 2 is a NoneType, expected a waveform"),
+        (np.full(900, 1e25), r"The recording holds samples as large as 1e\+25, expected about ±1"),
         (np.zeros((0, 900)), r"no recording in the list"),
         ([np.zeros(900), np.zeros(0)], r"Recording 1 of 2 holds no samples \(zero length\)"),
         ([np.zeros(900), np.full(900, np.nan)], r"Recording 1 of 2 holds samples that are NaN or infinite"),

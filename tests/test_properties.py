@@ -354,7 +354,7 @@ def test_nothing_returned_shares_memory(
     trace = Trace()
     first, traced = arrays_of(model(wave, **asked)), arrays_of(model(wave, **asked, trace=trace))
     kept = [array.copy() for array in first]
-    groups = {"first": first, "traced": traced, "trace": list(trace.values.values())}
+    groups = {"first": first, "traced": traced, "trace": list(trace.values())}
     foreign = [wave, mask, *model.params.values()]
     everything = [(name, array) for name, arrays in groups.items() for array in arrays]
     for number, (name, array) in enumerate(everything):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,41 @@ def test_a_bad_recording_in_a_list_is_named(ctc: SEWDModel) -> None:
         sewd_np.transcribe(noise(719), model=ctc)
 
 
+def test_a_rate_is_for_the_arrays_of_a_list(ctc: SEWDModel, tmp_path: Path) -> None:
+    wave = noise(2_000)
+    soundfile.write(tmp_path / "a.wav", noise(4_000, 1), 16_000, subtype="FLOAT")
+    path = tmp_path / "a.wav"
+    with path.open("rb") as file:
+        found = sewd_np.transcribe([path, str(path), file, wave], model=ctc, sampling_rate=8_000)
+    of_file = sewd_np.transcribe(path, model=ctc)
+    assert found == [of_file] * 3 + [sewd_np.transcribe(wave, model=ctc, sampling_rate=8_000)]
+    with pytest.raises(AudioError, match="leave sampling_rate out for files"):
+        sewd_np.transcribe(path, model=ctc, sampling_rate=8_000)
+    with pytest.raises(AudioError, match=r"^sampling_rate is 8, expected"):
+        sewd_np.transcribe([path], model=ctc, sampling_rate=8)
+
+
+def test_a_foreign_error_in_a_list_keeps_its_sentence(ctc: SEWDModel) -> None:
+    class Upload:
+        def read(self) -> bytes:
+            raise urllib.error.HTTPError("http://nowhere/a.wav", 404, "Not Found", None, None)  # type: ignore[arg-type]
+
+    with pytest.raises(OSError, match=r"^audio\[1\]: HTTP Error 404: Not Found") as caught:
+        sewd_np.transcribe([noise(900), Upload()], model=ctc)
+    assert type(caught.value) is OSError
+
+
 def test_too_little_memory_in_a_list_is_named(ctc: SEWDModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sewd_np.memory.available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r"audio\[0\]: attention over"):
         sewd_np.transcribe([noise(16000)], model=ctc)
+
+
+def test_threads_may_be_a_number_of_numpys() -> None:
+    assert get_operations(threads=np.int64(1)).describe() == get_operations(threads=1).describe()
+    for threads in (0, True, 1.0, "2"):
+        with pytest.raises(ValueError, match=r"threads is .*; it must be a whole number of at least 1"):
+            get_operations(threads=threads)  # type: ignore[arg-type]
 
 
 def test_load_says_what_it_could_not_find() -> None:

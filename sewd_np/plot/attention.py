@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sewd_np.plot.given import LAYER, attention_maps, check_trace, chosen_head, one_of, point, whole
+from sewd_np.plot.given import attention_maps, check_trace, chosen_head, evidence_of, one_of, point, whole
 from sewd_np.plot.positions import by_distance
 from sewd_np.plot.sound import Heard, draw_wave, empty_strip, listen, place_labels, write_labels
 from sewd_np.plot.style import (
@@ -23,6 +23,7 @@ from sewd_np.plot.style import (
     signed,
     strongest,
 )
+from sewd_np.trace import LAYER
 
 TERMS = {  # trace point -> what it asks
     "c2c": "content to content (c2c)",
@@ -51,12 +52,14 @@ def attention(
 
     Raises ``ValueError`` where there is no such layer, head or stretch, or no attention or evidence was kept.
     """
-    ((layer, maps_hij),) = attention_maps(out, layer, recording).items()
+    ((layer, maps_hij),) = attention_maps(out, whole(layer, "layer"), recording).items()
     map_ij = chosen_head(maps_hij, head)
     seconds = len(map_ij) * seconds_per_frame
     end = seconds if end is None else min(end, seconds)
     if not 0 <= start < end:
         raise ValueError(f"the stretch from {start:g} s to {end:g} s is empty; the map covers 0 to {seconds:g} s.")
+    if transcript is not None:
+        _check_of_one_recording(transcript, len(map_ij), seconds_per_frame)
     first, last = int(start / seconds_per_frame), int(np.ceil(end / seconds_per_frame - 1e-9))
     map_ij, origin = map_ij[first:last, first:last], first * seconds_per_frame
     bounds = origin, origin + len(map_ij) * seconds_per_frame
@@ -83,6 +86,20 @@ def attention(
     where = "" if isinstance(out, np.ndarray) else f"layer {layer}, "
     figure.suptitle(f"Attention of {where}head {head}")
     return figure
+
+
+def _check_of_one_recording(transcript: Any, frames: int, seconds_per_frame: float) -> None:
+    """Raise ``ValueError`` for a transcript that goes on after the map of so many frames ends.
+
+    The convolutions leave less than two squeezed frames' worth of sound over, of every recording.
+    """
+    evidence = evidence_of(transcript)
+    duration, seconds = len(evidence.wave_n) / evidence.sampling_rate, frames * seconds_per_frame
+    if duration > seconds + 3 * seconds_per_frame:
+        raise ValueError(
+            f"the transcript ends at {duration:g} s, but the map at {seconds:g} s ({frames} frames of "
+            f"{seconds_per_frame:g} s); they must be of one recording."
+        )
 
 
 def _between_strips(heard: Heard) -> tuple[Figure, Axes, Axes]:

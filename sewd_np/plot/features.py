@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sewd_np.plot.given import check_trace, hidden_states, one_of
+from sewd_np.plot.given import check_config, check_trace, hidden_states, one_of
 from sewd_np.plot.sound import draw_wave, listen
 from sewd_np.plot.style import (
     SECONDS_PER_SQUEEZED_FRAME,
@@ -30,14 +30,22 @@ STRETCHES = 130  # along one side of a similarity map: about its pixels
 
 
 @drawn
-def features(trace: Any, config: Any = None, transcript: Any = None, recording: int = 0) -> Figure:
+def features(
+    trace: Any,
+    config: Any = None,
+    transcript: Any = None,
+    recording: int = 0,
+    sampling_rate: float | None = None,
+) -> Figure:
     """What leaves each convolution: a row a channel, on one time axis, with the frame rate of each.
 
     trace: with ``feature_extractor.conv_layers.*``. config: where the strides are not the published ones. With a
-    transcript that keeps its evidence, its waveform and words stand on top. Each panel has colours of its own scale,
-    for each convolution's channels have a range of their own; what it spans is written beside it.
+    transcript that keeps its evidence, its waveform and words stand on top. sampling_rate: samples per second; without
+    one the transcript's, or 16,000. Each panel has colours of its own scale, for each convolution's channels have a
+    range of their own; what it spans is written beside it.
 
-    Raises ``ValueError`` where the trace holds no convolution, or one that the strides do not reach.
+    Raises ``ValueError`` where the trace holds no convolution, or one that the strides do not reach; ``TypeError`` for
+    a config that is none.
     """
     check_trace(trace, "feature_extractor.conv_layers.*")
     found: dict[int, Array] = {}
@@ -49,6 +57,8 @@ def features(trace: Any, config: Any = None, transcript: Any = None, recording: 
         raise ValueError(
             "the trace holds no convolution; call the model with trace=Trace('feature_extractor.conv_layers.*')."
         )
+    if config is not None:
+        check_config(config)
     strides = STRIDES if config is None else config.conv_stride
     if max(found) >= len(strides):
         raise ValueError(
@@ -56,16 +66,18 @@ def features(trace: Any, config: Any = None, transcript: Any = None, recording: 
             "give config=model.config."
         )
     sound = transcript is not None
+    if sound:
+        heard = listen(transcript)
+    rate = sampling_rate or (heard.rate if sound else SAMPLING_RATE)
     heights = [0.8] * sound + [0.6] * len(found)
     figure = new_figure(sum(heights) + 0.9)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     end = 0.0
     if sound:
-        heard = listen(transcript)
         draw_wave(panels[0], heard)
         panels[0].set(ylabel="sound", yticks=[])
     for panel, i in zip(panels[sound:], sorted(found), strict=True):
-        step = math.prod(strides[: i + 1]) / SAMPLING_RATE
+        step = math.prod(strides[: i + 1]) / rate
         values = found[i].T
         low, high = float(values.min()), float(values.max())
         draw_map(panel, values, _by_most(values), (1.0, step))

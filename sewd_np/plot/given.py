@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from sewd_np.trace import LAYER
+
 Array = np.ndarray
-LAYER = "encoder.encoder.layer"
 
 
 def check_trace(trace: Any, pattern: str) -> None:
     """Raise ``TypeError`` for what is no mapping; ``pattern`` is what the error advises to trace."""
     if not all(hasattr(trace, name) for name in ("__getitem__", "__contains__", "__iter__")):
         raise TypeError(f"a {type(trace).__name__} is given; a Trace is needed: model(..., trace=Trace({pattern!r})).")
+
+
+def check_config(config: Any) -> None:
+    """Raise ``TypeError`` for what is no ``SEWDConfig``."""
+    if not hasattr(config, "position_span"):
+        raise TypeError(f"a {type(config).__name__} is given; a SEWDConfig is needed, such as model.config.")
 
 
 def point(trace: Any, name: str, pattern: str) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sewd_np.attention import relative_index
-from sewd_np.plot.given import attention_maps, whole
+from sewd_np.plot.given import attention_maps, check_config, whole
 from sewd_np.plot.style import (
     DASHES,
     GREY,
@@ -39,8 +39,7 @@ def _rows_by_distance(config: Any, longest: int) -> tuple[Array, Array]:
 
 
 def _check_relative(config: Any) -> None:
-    if not hasattr(config, "position_span"):
-        raise TypeError(f"a {type(config).__name__} is given; a SEWDConfig is needed, such as model.config.")
+    check_config(config)
     if not config.relative_attention:
         raise ValueError("this model has no relative positions (relative_attention is false), so it has no buckets.")
 
@@ -121,7 +120,7 @@ def position_profile(
 
     Raises ``ValueError`` where there is no such layer or no attention was kept.
     """
-    ((layer, maps_hij),) = attention_maps(trace, layer, recording).items()
+    ((layer, maps_hij),) = attention_maps(trace, whole(layer, "layer"), recording).items()
     frames = maps_hij.shape[-1]
     figure = new_figure(4.2)
     panel = figure.add_subplot()

@@ -23,6 +23,7 @@ KINDS = {  # kind -> what its points' names look like; the first that matches co
     "upsample and head": r"",
 }
 MARKERS = "osDv^P*"
+ALL_EQUAL = 1e-7  # an error to draw the scale around where there is none, and none is tolerated
 
 
 def kind_of(name: str) -> str:
@@ -45,18 +46,20 @@ def compare(trace_a: Any, trace_b: Any, tolerance: float = 1e-4, names: tuple[st
     trace_a, trace_b: two traces, or mappings from names to arrays: two backends, two models, an input and a changed
     one. The error is ``trace.error_between``: max |a − b| / max(1, max |b|). Points that are equal to the last bit
     stand on the bottom line; crosses on top are points that cannot be compared (another shape, NaN, in one run only).
-    The first beyond ``tolerance`` is named.
+    The first beyond ``tolerance`` is named; 0 asks for runs that are equal.
 
-    Raises ``ValueError`` where both traces are empty.
+    Raises ``ValueError`` where both traces are empty, or for a tolerance that is no number of at least 0.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance:g}; it must be a finite number of at least 0.")
     rows = compare_points(trace_a, trace_b, tolerance)
     if not rows:
         raise ValueError("both traces are empty; pass each to a model call first.")
     errors = np.array([row.error for row in rows])
     drawable = np.isfinite(errors)
-    positive = errors[drawable & (errors > 0)]
-    lowest = math.floor(math.log10(min(positive.min(initial=tolerance), tolerance)) - 1)
-    highest = math.log10(max(positive.max(initial=tolerance), tolerance))
+    drawn_errors = [*errors[drawable & (errors > 0)], *([tolerance] if tolerance > 0 else [])] or [ALL_EQUAL]
+    lowest = math.floor(math.log10(min(drawn_errors)) - 1)
+    highest = math.log10(max(drawn_errors))
     # The top of the panel stays free of marks: the first point that differs is named there.
     floor, ceiling = 10.0**lowest, 10.0 ** math.ceil(max(highest + 1.5, lowest + (highest - lowest) / 0.85))
     heights = np.where(drawable, np.maximum(errors, floor), ceiling)
@@ -71,10 +74,10 @@ def compare(trace_a: Any, trace_b: Any, tolerance: float = 1e-4, names: tuple[st
     lost = np.flatnonzero(~drawable)
     if len(lost):
         panel.plot(lost, heights[lost], "x", color="black", markersize=5, label="not comparable", clip_on=False)
-    panel.axhline(tolerance, color="0.5", linestyle="--", linewidth=0.8)
-    panel.text(
-        1.005, tolerance, f"tolerance\n{tolerance:g}", transform=panel.get_yaxis_transform(), va="center", fontsize=8
-    )
+    if tolerance > 0:
+        beside = panel.get_yaxis_transform()
+        panel.axhline(tolerance, color="0.5", linestyle="--", linewidth=0.8)
+        panel.text(1.005, tolerance, f"tolerance\n{tolerance:g}", transform=beside, va="center", fontsize=8)
     if (errors == 0).any():
         panel.text(1.005, floor, "equal", transform=panel.get_yaxis_transform(), va="center", fontsize=8)
     _mark_first(panel, rows, heights)
