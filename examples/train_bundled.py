@@ -5,8 +5,8 @@
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
 1. *Data* (``training_data.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices, hours of
-   text-to-speech, AN4's words put together anew; each clip at another speed and tempo, in another room, over another
-   line, in other noise, every time.
+   text-to-speech, AN4's words put together anew; each clip at another speed and tempo, from another vocal tract, in
+   another room, over another line, in other noise, every time.
 2. *Warm the front end.* From random weights the CTC loss stays on a plateau where the model emits nothing. The 13
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.
@@ -72,13 +72,13 @@ BATCH_SECONDS = 24.0  # of sound, which is seen twice
 BATCHES = 8  # made at a time
 CONSISTENCY = 0.2  # weight of the two views' disagreement
 RENEWED = 0.25  # seconds of sound put into the store for every second that is trained on
-STORE_HOURS = 10.0
+STORE_HOURS = 4.0
 PEAK_RATE = 7e-4
 TRAINED_CONVOLUTIONS = 0.6  # of the course; from there on only the upper two are
 MUON_FACTOR = 2.5  # its learning rate by AdamW's
 # Share of the sound that comes from each source, at the start and at the end.
 MIXTURE = {
-    "an4": (0.42, 0.48), "recombined": (0.35, 0.36), "spoken": (0.14, 0.10), "librispeech": (0.06, 0.03),
+    "an4": (0.24, 0.46), "recombined": (0.20, 0.36), "spoken": (0.03, 0.03), "librispeech": (0.50, 0.12),
     "noise": (0.03, 0.03),
 }  # fmt: skip
 

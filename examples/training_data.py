@@ -247,6 +247,32 @@ def change_tempo(wave: Array, factor: float) -> Array:
     return out[: int(len(wave) / factor)]
 
 
+def change_formants(wave: Array, factor: float) -> Array:
+    """A vocal tract shorter by ``factor``, vowels higher by it, with pitch and tempo as they were.
+
+    The smooth part of each 32 ms spectrum, cepstrum below 2 ms, is stretched along frequency; the fine part, which
+    holds the pitch, stays where it is.
+    """
+    size, hop = 512, 128
+    taper = np.hanning(size + 1)[:-1].astype(np.float32)
+    source = np.pad(wave, (size, 2 * size)).astype(np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(source, size)[::hop] * taper
+    spectra = fft.rfft(frames)
+    cepstra = fft.irfft(np.log(np.abs(spectra) + 1e-4))
+    cepstra[:, 32:-31] = 0
+    smooth = fft.rfft(cepstra).real
+    bins = np.minimum(np.arange(size // 2 + 1, dtype=np.float32) / np.float32(factor), size // 2)
+    below = np.minimum(bins.astype(int), size // 2 - 1)
+    share = bins - below
+    moved = smooth[:, below] * (1 - share) + smooth[:, below + 1] * share
+    pieces = fft.irfft(spectra * np.exp(np.clip(moved - smooth, -3, 3))) * taper
+    out = np.zeros(len(pieces) * hop + size, np.float32)
+    for phase in range(size // hop):  # frames that do not overlap are laid down at once
+        rows = pieces[phase :: size // hop]
+        out[phase * hop :][: rows.size] += rows.reshape(-1)
+    return out[size : size + len(wave)] / np.float32(1.5)  # four squared Hann windows add up to 1.5
+
+
 def add_noise(wave: Array, noise: Array, decibels: float) -> Array:
     """Noise so loud that the signal-to-noise ratio is ``decibels``; the noise is repeated to the wave's length."""
     noise = np.resize(noise, len(wave))
@@ -295,7 +321,7 @@ def room_and_line(wave: Array, rng: np.random.Generator) -> Array:
 
 
 def augment(wave: Array, other: Callable[[], Array], rng: np.random.Generator, strength: float = 1.0) -> Array:
-    """A recording as it might have been: other speed, tempo, room, microphone, line, noise.
+    """A recording as it might have been: other speed, tempo, vocal tract, room, microphone, line, noise.
 
     ``other`` gives more speech, for babble. ``strength``, 0 to 1, says how often: a short training learns more from
     clips that are nearly as they were.
@@ -304,6 +330,8 @@ def augment(wave: Array, other: Callable[[], Array], rng: np.random.Generator, s
         wave = change_speed(wave, 1 + strength * rng.uniform(-0.16, 0.2))
     if rng.random() < 0.5:
         wave = change_tempo(wave, 1 + strength * rng.uniform(-0.2, 0.25))
+    if rng.random() < 0.5:
+        wave = change_formants(wave, 1 + strength * rng.uniform(-0.14, 0.16))
     if rng.random() < 0.25:
         wave = np.pad(wave, rng.integers(0, RATE // 3, 2))
     if rng.random() < 0.7 * strength:

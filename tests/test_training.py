@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import signal
 from transformers import SEWDForCTC, SEWDForSequenceClassification
 
 from tests.reference import SMALL, build
@@ -103,6 +104,31 @@ def test_the_same_tempo_changes_nothing() -> None:
 def test_tempo_of_hardly_any_sound() -> None:
     for samples in (0, 1, 240, 481):
         assert len(data.change_tempo(np.zeros(samples, np.float32), 1.1)) == int(samples / 1.1)
+
+
+def resonating(hertz: float, samples: int = 16_000) -> np.ndarray:
+    """A voice of 125 Hz with a little breath, through one formant."""
+    pulses = 0.02 * RNG(0).standard_normal(samples)
+    pulses[::128] += 1
+    radius, angle = np.exp(-np.pi * 150 / 16_000), 2 * np.pi * hertz / 16_000
+    wave = np.asarray(signal.lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], pulses), np.float32)
+    return wave / np.abs(wave).max() / 2
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.15])
+def test_formants_move_and_the_pitch_stays(factor: float) -> None:
+    """The loudest harmonic lies beside 1,500 x factor instead of at 1,500 Hz; little is between harmonics."""
+    heard = data.change_formants(resonating(1500.0), factor)
+    assert heard.dtype == np.float32 and len(heard) == 16_000
+    power = np.abs(np.fft.rfft(heard)) ** 2
+    assert abs(power.argmax() - 1500 * factor) < 125
+    assert power[125::125].sum() > 0.9 * power.sum()
+
+
+def test_formants_that_stay_change_nothing() -> None:
+    for samples in (0, 1, 127, 9000):
+        wave = RNG(0).standard_normal(samples).astype(np.float32)
+        np.testing.assert_allclose(data.change_formants(wave, 1.0), wave, atol=1e-5)
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
