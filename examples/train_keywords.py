@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, default=Path("../shared/speech"), help="folder of the corpora")
     parser.add_argument("--recognizer", type=Path, default=Path("trained/an4"), help="what train_bundled.py exported")
     parser.add_argument("--out", type=Path, default=Path("trained/keywords"))
-    parser.add_argument("--batches", type=int, default=600, help="augmented words that are heard, in batches of 32")
+    parser.add_argument("--batches", type=int, default=800, help="augmented words that are heard, in batches of 32")
     parser.add_argument("--epochs", type=int, default=6, help="how often each is trained on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -32,7 +32,6 @@ ALL_LANES = 0xFFFFFFFF
 
 __all__ = [
     "SIMULATED",
-    "VECTOR",
     "add_read",
     "copy4",
     "cuda",
@@ -270,12 +269,10 @@ else:
 # Where a kernel may work in place, no load can be moved before the store of the numbers before it: a lane waits for
 # memory once a round. Four numbers a round make a quarter of the rounds.
 
-VECTOR = 4
 
-
-def numbers_together(size: int) -> bool:
-    """Whether rows of ``size`` numbers can be read and written in fours: each then begins at a multiple of four."""
-    return size % VECTOR == 0
+def numbers_together(size: int) -> int:
+    """How many numbers of rows of ``size`` to read and write at once: 4 where each row begins at a multiple of 4."""
+    return 4 if size % 4 == 0 else 1
 
 
 @device

@@ -27,7 +27,6 @@ from functools import cache
 from typing import Any
 
 from sewd_np.cuda_intrinsics import (
-    VECTOR,
     add_read,
     cuda,
     float32,
@@ -94,54 +93,53 @@ def layer_norm_v1() -> Any:
 
 
 @cache
-def norm_rows(activation: str, add: bool, with_bias: bool, vector: bool) -> Any:
+def norm_rows(activation: str, add: bool, with_bias: bool, width: int) -> Any:
     """A warp for each row: (x [+ bias] [+ residual]), normalised, scaled, shifted, activated. ≤ 48 registers.
 
     Two passes over the row for mean and variance and one for the result. The row is fetched from the device's memory
     once; the passes after that find it in the cache. A sum is written to ``out`` by the lane that reads it there later,
-    so no barrier is needed and ``out`` may be ``x`` or ``residual``. ``vector``: see ``numbers_together``.
+    so no barrier is needed and ``out`` may be ``x`` or ``residual``. ``width``: ``numbers_together``.
     """
     activate = activation_function(activation)
-    WIDTH = VECTOR if vector else 1
 
     @kernel(threads=THREADS)
     def normalize(x, rows, size, bias, residual, weight, shift, eps, out):
-        part = cuda.local.array(WIDTH, float32)
-        lane = cuda.threadIdx.x * WIDTH
+        part = cuda.local.array(width, float32)
+        lane = cuda.threadIdx.x * width
         row = cuda.blockIdx.x * WARPS + cuda.threadIdx.y
         if row < rows:
             start = row * size
             count = float32(size)
             total = ZERO
-            for c in range(lane, size, LANES * WIDTH):
-                read(part, WIDTH, x, start + c)
+            for c in range(lane, size, LANES * width):
+                read(part, width, x, start + c)
                 if with_bias:
-                    add_read(part, WIDTH, bias, c)
+                    add_read(part, width, bias, c)
                 if add:
-                    add_read(part, WIDTH, residual, start + c)
+                    add_read(part, width, residual, start + c)
                 if add or with_bias:
-                    write(out, start + c, part, WIDTH)
-                for z in static_range(WIDTH):
+                    write(out, start + c, part, width)
+                for z in static_range(width):
                     total += part[z]
             mean = group_sum(total, LANES) / count
             total = ZERO
-            for c in range(lane, size, LANES * WIDTH):
+            for c in range(lane, size, LANES * width):
                 if add or with_bias:
-                    read(part, WIDTH, out, start + c)
+                    read(part, width, out, start + c)
                 else:
-                    read(part, WIDTH, x, start + c)
-                for z in static_range(WIDTH):
+                    read(part, width, x, start + c)
+                for z in static_range(width):
                     centred = part[z] - mean
                     total += centred * centred
             scale = ONE / math.sqrt(group_sum(total, LANES) / count + eps)
-            for c in range(lane, size, LANES * WIDTH):
+            for c in range(lane, size, LANES * width):
                 if add or with_bias:
-                    read(part, WIDTH, out, start + c)
+                    read(part, width, out, start + c)
                 else:
-                    read(part, WIDTH, x, start + c)
-                for z in static_range(WIDTH):
+                    read(part, width, x, start + c)
+                for z in static_range(width):
                     part[z] = activate((part[z] - mean) * scale * load(weight, c + z) + load(shift, c + z))
-                write(out, start + c, part, WIDTH)
+                write(out, start + c, part, width)
 
     return normalize
 
@@ -167,25 +165,24 @@ def add_norm(
 
 
 @cache
-def activate_rows(activation: str, with_bias: bool, vector: bool) -> Any:
+def activate_rows(activation: str, with_bias: bool, width: int) -> Any:
     """out[b, s] = activation(x[b, s] [+ bias]) for the frames that ``out`` has of x's. ≤ 40 registers."""
     act = activation_function(activation)
-    WIDTH = VECTOR if vector else 1
 
     @kernel(threads=THREADS)
     def run(x, x_frames, frames, rows, size, bias, out):
-        part = cuda.local.array(WIDTH, float32)
+        part = cuda.local.array(width, float32)
         row = cuda.blockIdx.x * WARPS + cuda.threadIdx.y
         if row < rows:
             batch = row // frames
             start = (batch * x_frames + row - batch * frames) * size
-            for c in range(cuda.threadIdx.x * WIDTH, size, LANES * WIDTH):
-                read(part, WIDTH, x, start + c)
+            for c in range(cuda.threadIdx.x * width, size, LANES * width):
+                read(part, width, x, start + c)
                 if with_bias:
-                    add_read(part, WIDTH, bias, c)
-                for z in static_range(WIDTH):
+                    add_read(part, width, bias, c)
+                for z in static_range(width):
                     part[z] = act(part[z])
-                write(out, row * size + c, part, WIDTH)
+                write(out, row * size + c, part, width)
 
     return run
 

@@ -12,7 +12,7 @@ from sewd_np.config import SAMPLING_RATE, SEWDConfig
 from sewd_np.losses import class_labels, ctc_labels
 from sewd_np.memory import require_memory
 from sewd_np.params import expected_shapes
-from sewd_np.trace import Trace, any_inside, shapes
+from sewd_np.trace import LAYER, Trace, any_inside, shapes
 
 if TYPE_CHECKING:
     from sewd_np.model import SEWDModel
@@ -105,7 +105,7 @@ def require_score_memory(
         kept_bytes += sum(math.prod(sizes[name]) for name in trace.dims) * itemsize
     asked = [*edited, *(() if trace is None else trace.dims)]
     tables = ("encoder.encoder.rel_embeddings", "encoder.encoder.LayerNorm")  # traced at no cost, but not edited
-    inside = [f"encoder.encoder.layer.{i}.attention.self." for i in range(config.num_hidden_layers)]
+    inside = [f"{LAYER}.{i}.attention.self." for i in range(config.num_hidden_layers)]
     explicit = output_attentions or any_inside(asked, *inside) or any_inside(edited, *tables)
     needed = ops.attention_bytes(together, config.num_attention_heads, t, itemsize, explicit)
     advice = "cut the recording into shorter pieces"

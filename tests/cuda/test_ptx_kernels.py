@@ -18,12 +18,12 @@ ROWS = (A, N, N)  # x, rows, size
 
 KERNELS: list[tuple[str, Any, tuple[str, ...], int]] = [
     ("layer_norm_v1", kernels.layer_norm_v1(), (*ROWS, C, C, F, A), 48),
-    ("norm_rows", kernels.norm_rows("linear", False, False, True), (*ROWS, C, A, C, C, F, A), 48),
-    ("norm_rows, gelu", kernels.norm_rows("gelu", False, False, True), (*ROWS, C, A, C, C, F, A), 48),
-    ("norm_rows, bias and residual", kernels.norm_rows("linear", True, True, True), (*ROWS, C, A, C, C, F, A), 48),
-    ("norm_rows, one by one", kernels.norm_rows("linear", True, True, False), (*ROWS, C, A, C, C, F, A), 48),
-    ("activate_rows, bias, gelu", kernels.activate_rows("gelu", True, True), (A, N, N, N, N, C, A), 40),
-    ("activate_rows, mish", kernels.activate_rows("mish", False, False), (A, N, N, N, N, C, A), 40),
+    ("norm_rows", kernels.norm_rows("linear", False, False, 4), (*ROWS, C, A, C, C, F, A), 48),
+    ("norm_rows, gelu", kernels.norm_rows("gelu", False, False, 4), (*ROWS, C, A, C, C, F, A), 48),
+    ("norm_rows, bias and residual", kernels.norm_rows("linear", True, True, 4), (*ROWS, C, A, C, C, F, A), 48),
+    ("norm_rows, one by one", kernels.norm_rows("linear", True, True, 1), (*ROWS, C, A, C, C, F, A), 48),
+    ("activate_rows, bias, gelu", kernels.activate_rows("gelu", True, 4), (A, N, N, N, N, C, A), 40),
+    ("activate_rows, mish", kernels.activate_rows("mish", False, 1), (A, N, N, N, N, C, A), 40),
     ("average_frames", kernels.average_frames(), (A, N, N, N, N, N, A), 48),
     ("add_frames", kernels.add_frames(), (A, A, N, N, N, N, A), 32),
     ("unfold_rows, bias, gelu, lengths", kernels.unfold_rows("gelu", True, True), (A, N, N, C, L, N, N, N, A), 48),
