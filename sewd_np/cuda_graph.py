@@ -50,7 +50,7 @@ class Recording(NamedTuple):
     """
 
     samples: DeviceArray
-    results: tuple[DeviceArray, DeviceArray | None]  # hidden states, and logits or None
+    results: tuple[DeviceArray | None, DeviceArray | None]  # hidden states and logits
     launch: Callable[[], None]
     pool: Pool
     owner: Any

@@ -21,7 +21,7 @@ from sewd_np.cuda_intrinsics import SIMULATED, cuda
 from sewd_np.cuda_memory import DeviceArray, Pool
 
 Array = np.ndarray
-Forward = Callable[[Any], tuple[Any, Any]]  # samples → hidden states, and logits or None
+Forward = Callable[[Any], tuple[Any, Any]]  # samples → hidden states and logits, either may be None
 
 GRAPH_SAMPLES = 90 * 16_000  # of a whole batch: with more, kernels run for longer than Python takes to start them
 
@@ -112,7 +112,7 @@ class Queue:
         self._fill(recording.samples, wave_bn)
         recording.launch()
         hidden, logits = recording.results
-        return self._copy(hidden), None if logits is None else self._copy(logits)
+        return self._copy(hidden), self._copy(logits)
 
     def forget(self) -> None:
         """Drop every recording: what they read has changed."""
@@ -153,7 +153,9 @@ class Queue:
         self.sent.append(array)
         target.data.copy_to_device(array, stream=self.stream)
 
-    def _copy(self, source: DeviceArray) -> DeviceArray:
+    def _copy(self, source: DeviceArray | None) -> DeviceArray | None:
+        if source is None:
+            return None
         out = self.pool.take(*source.shape)
         out.data.copy_to_device(source.data, stream=self.stream)
         return out

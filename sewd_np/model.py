@@ -48,12 +48,13 @@ CONV_NORM_EPS = 1e-5  # GroupNorm and layer-mode norms of the feature encoder: t
 class SEWDOutput:
     """What a model call returns; NumPy arrays on every backend, None where not asked for or not applicable.
 
-    last_hidden_state (b, s, d) at 50 frames a second; logits (b, s, v) for CTC, (b, labels) for classification; loss a
-    number, or (b,) with reduction "none"; hidden_states L + 1 arrays (b, t, d) at 25 frames a second, the first one
-    what enters layer 0; attentions L arrays (b, h, t, t).
+    last_hidden_state (b, s, d) at 50 frames a second, from a model with a head only with ``output_hidden_states`` (it
+    is twelve times the logits, which is all that should have to leave a GPU); logits (b, s, v) for CTC, (b, labels) for
+    classification; loss a number, or (b,) with reduction "none"; hidden_states L + 1 arrays (b, t, d) at 25 frames a
+    second, the first one what enters layer 0; attentions L arrays (b, h, t, t).
     """
 
-    last_hidden_state: Array
+    last_hidden_state: Array | None = None
     logits: Array | None = None
     loss: float | Array | None = None
     hidden_states: tuple[Array, ...] | None = None
@@ -110,13 +111,14 @@ class _Pass:
         """Whether a point that only the explicit form of an operation has is asked for, by a trace or an edit."""
         return any_inside(self.asked, *names)
 
-    def whole(self, wave_bn: Any, mask_time_indices: Array | None, head: str) -> tuple[Any, Any]:
-        """Everything: (b, n) samples → (b, s, d), and the logits of the head or None."""
+    def whole(self, wave_bn: Any, mask_time_indices: Array | None, head: str, keep_hidden: bool) -> tuple[Any, Any]:
+        """Everything: (b, n) samples → (b, s, d) or None, and the logits of the head or None."""
         self.hidden_states.clear()
         hidden = self.encode(wave_bn, mask_time_indices)
-        if head == "ctc":
-            return hidden, self.ctc_head(hidden)
-        return hidden, self.classification_head(hidden) if head == "classification" else None
+        logits = None
+        if head != "model":
+            logits = self.ctc_head(hidden) if head == "ctc" else self.classification_head(hidden)
+        return hidden if keep_hidden else None, logits
 
     def encode(self, wave_bn: Any, mask_time_indices: Array | None) -> Any:
         """The whole model below the heads: (b, n) samples → (b, s, d)."""
@@ -324,10 +326,13 @@ def _forward(
     run = _Pass(model, lengths_b, padding, trace, edits, output_attentions)
     run.keep_hidden_states = output_hidden_states or model.weights.layer_weights is not None
     repeatable = lengths_b is None and mask_bs is None and not (run.asked or output_hidden_states or output_attentions)
-    hidden, logits = model.ops.run(lambda x: run.whole(x, mask_bs, model.head), wave_bn, model.weights, repeatable)
+    keep_hidden = output_hidden_states or model.head == "model"
+    hidden, logits = model.ops.run(
+        lambda x: run.whole(x, mask_bs, model.head, keep_hidden), wave_bn, model.weights, repeatable
+    )
     to_numpy = model.ops.to_numpy
     return SEWDOutput(
-        last_hidden_state=to_numpy(hidden),
+        last_hidden_state=None if hidden is None else to_numpy(hidden),
         logits=None if logits is None else to_numpy(logits),
         hidden_states=tuple(map(to_numpy, run.hidden_states)) if output_hidden_states else None,
         attentions=tuple(run.attentions) if run.attentions is not None else None,
@@ -363,9 +368,10 @@ def _each_alone(
             values = [own[name] for own in traces if own is not None]
             trace.record(name, _stacked(values, full[name]) if dims.startswith("b") else values[0])
     size, heads, depth = model.config.hidden_size, model.config.num_attention_heads, model.config.num_hidden_layers
+    hidden = [out.last_hidden_state for out in outputs if out.last_hidden_state is not None]
     logits = [out.logits for out in outputs if out.logits is not None]
     return SEWDOutput(
-        last_hidden_state=_stacked([out.last_hidden_state for out in outputs], (batch, s, size)),
+        last_hidden_state=_stacked(hidden, (batch, s, size)) if hidden else None,
         logits=_stacked(logits, (batch, *([s] if model.head == "ctc" else []), logits[0].shape[-1]))
         if logits
         else None,

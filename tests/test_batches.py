@@ -76,9 +76,9 @@ def test_a_batch_under_alone_equals_each_alone(options: dict[str, Any], classifi
     lengths = [5_000, 9_001, config.minimum_samples, 8_640]
     wave_bn = np.random.default_rng(0).standard_normal((4, 9_001))  # no zeros after a recording's end
     mask = (np.arange(9_001) < np.array(lengths)[:, None]).astype(np.int32)
-    together = model(wave_bn, mask, padding="alone")
+    together = model(wave_bn, mask, padding="alone", output_hidden_states=True)
     for b, length in enumerate(lengths):
-        alone = model(wave_bn[b : b + 1, :length])
+        alone = model(wave_bn[b : b + 1, :length], output_hidden_states=True)
         frames = config.frames(length)
         assert error_between(together.last_hidden_state[b, :frames], alone.last_hidden_state[0]) <= 1e-10
         logits = together.logits[b] if classifies else together.logits[b, :frames]

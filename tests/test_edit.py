@@ -57,7 +57,7 @@ def mask_of(*lengths: int) -> Array:
 
 
 def arrays_of(out: SEWDOutput) -> list[Array]:
-    return [out.last_hidden_state, *([] if out.logits is None else [out.logits])]
+    return [array for array in (out.last_hidden_state, out.logits) if array is not None]
 
 
 def noise(value: Array) -> Array:
@@ -77,7 +77,7 @@ def test_every_point_can_be_changed(ops: backend.Operations, head: str, options:
     """Noise anywhere reaches the end, in a trace as in the result; an edit that changes nothing changes nothing."""
     model = build(options, head, ops)
     rounding = ROUNDING if ops.name == "numba" else 1e-12
-    call: dict[str, Any] = {"input_values": wave(), "attention_mask": mask_of(90, 70), "padding": "transformers"}
+    call: dict[str, Any] = {"input_values": wave(), "attention_mask": mask_of(90, 70), "output_hidden_states": True}
     before, declared = arrays_of(model(**call)), points(model.config, head)
     for name in declared:
         trace, plain = Trace(name), Trace(name)

@@ -195,7 +195,7 @@ def test_frames_without_a_squeezed_frame_are_zero_and_say_the_bias() -> None:
     """An odd number of frames: the last one has no squeezed frame, so its logits are lm_head's bias exactly."""
     model = build({}, "ctc")
     samples = next(n for n in range(60, 90) if model.config.frames(n) % 2)
-    out = model(np.random.default_rng(0).standard_normal((2, samples)))
+    out = model(np.random.default_rng(0).standard_normal((2, samples)), output_hidden_states=True)
     assert (out.last_hidden_state[:, -1] == 0).all() and (out.last_hidden_state[:, -2] != 0).any()
     np.testing.assert_array_equal(out.logits[:, -1], np.broadcast_to(model.params["lm_head.bias"], (2, 7)))
 
@@ -272,8 +272,10 @@ def test_a_batch_gives_each_recording_its_own_result(
 def check_together(batched: Any, model: Any, wave: Array, mask: Array, lengths: list[int], asked: Any) -> None:
     for out in (batched(wave, mask, **asked), batched(wave, mask, padding="alone")):
         if out.hidden_states is None:
-            alone = [model(wave[b : b + 1, :length]).last_hidden_state[0] for b, length in enumerate(lengths)]
-            pairs = [(out.last_hidden_state[b, : len(rows)], rows) for b, rows in enumerate(alone)]
+            name = "last_hidden_state" if model.head == "model" else "logits"
+            alone = [getattr(model(wave[b : b + 1, :length]), name)[0] for b, length in enumerate(lengths)]
+            of_frames = model.head != "classification"
+            pairs = [(getattr(out, name)[b][: len(rows) if of_frames else None], rows) for b, rows in enumerate(alone)]
         else:
             pairs = pairs_with_alone(batched, out, wave, lengths, model)
         for ours, theirs in pairs:
@@ -284,7 +286,7 @@ def check_together(batched: Any, model: Any, wave: Array, mask: Array, lengths: 
 def test_alone_clears_what_comes_after_a_recording(ops: backend.Operations) -> None:
     wave, mask = padded([90, 47, 62], seed=1)
     model = build({"squeeze_factor": 3}, "ctc", ops)
-    out = model(wave, mask, padding="alone")
+    out = model(wave, mask, padding="alone", output_hidden_states=True)
     for b, length in enumerate((90, 47, 62)):
         frames = model.config.frames(length)
         whole = model.config.squeezed(frames) * 3
@@ -334,8 +336,20 @@ def test_recordings_of_one_length_do_not_see_each_other(batch: int, samples: int
 
 
 def arrays_of(out: SEWDOutput) -> list[Array]:
-    arrays = [out.last_hidden_state, *(out.hidden_states or ()), *(out.attentions or ())]
-    return arrays if out.logits is None else [*arrays, out.logits]
+    optional = [array for array in (out.last_hidden_state, out.logits) if array is not None]
+    return [*optional, *(out.hidden_states or ()), *(out.attentions or ())]
+
+
+@pytest.mark.parametrize("padding", ["transformers", "alone"])
+@pytest.mark.parametrize("head", ["ctc", "classification"])
+def test_a_head_returns_hidden_states_only_where_they_are_asked_for(head: str, padding: str) -> None:
+    model = build({}, head)
+    wave, mask = padded([90, 47], seed=3)
+    plain, asked = model(wave, mask, padding=padding), model(wave, mask, padding=padding, output_hidden_states=True)
+    assert plain.last_hidden_state is None and plain.hidden_states is None
+    assert asked.last_hidden_state.shape == (2, model.config.frames(90), model.config.hidden_size)
+    np.testing.assert_array_equal(plain.logits, asked.logits)
+    assert build({}, "model")(wave, mask, padding=padding).last_hidden_state is not None
 
 
 @pytest.mark.parametrize("ops", TABLES)

@@ -131,7 +131,7 @@ def test_alone_equals_the_loops_of_each_recording(run: Run) -> None:
         config, params, wave_bn = tiny(options, head, dtype)
         valid = np.array([65, 48])
         attention_mask = (np.arange(65) < valid[:, None]).astype(np.int32)
-        output = CLASSES[head](config, params, ops)(wave_bn, attention_mask, padding="alone")
+        output = CLASSES[head](config, params, ops)(wave_bn, attention_mask, padding="alone", output_hidden_states=True)
         for b, length in enumerate(valid):
             alone = naive.forward(config, params, wave_bn[b : b + 1, :length])
             frames = naive.frames_of(length, config)
