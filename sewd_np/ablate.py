@@ -66,7 +66,7 @@ def drop_p2c(layer: int | None = None) -> Edit:
 
 
 def uniform_attention(layer: int | None = None) -> Edit:
-    """Every frame attends to all frames alike, in one layer or in all: scores become 0, probabilities 1 / t."""
+    """Every frame attends to all frames alike, in one layer or in all: scores become 0, so each weighs the same."""
     return _zeros("scores", layer)
 
 

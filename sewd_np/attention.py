@@ -8,6 +8,7 @@ attention (DeBERTa, arXiv 2006.03654, section 3.1) keeps *what* and *where* apar
                   + k_j · pq[r(i−j)] )    position to content   p2c        all divided by sqrt(3e)
 
 pk and pq are one learnt table with a row for each relative-position bucket, projected like keys and like queries.
+The paper writes r(j−i) in the third; the reference, with which the checkpoints were trained, reads r(i−j) there too.
 
 Shapes: q, k, v (b, t, d) with d = h·e; scores and probabilities (b, h, i, j), query frame i, key frame j; tables
 (h, p, e) with p = 2·S buckets; ``index`` (i, j) holds r, the bucket of each pair of frames.

@@ -37,7 +37,7 @@ class AudioError(ValueError):
 
 
 def load_audio(source: Any, sampling_rate: float | None = None, target_rate: int = SAMPLING_RATE) -> np.ndarray:
-    """One recording as a waveform (n,), float32, at ``target_rate`` samples per second, all within ±``LOUDEST``.
+    """One recording as a waveform (n,), float32, at ``target_rate`` samples per second.
 
     source: a path (``str`` or ``PathLike``; ``~`` is the home folder); a binary file object, read from where it stands
         to its end; or a waveform (n,): a NumPy array or whatever ``np.asarray`` takes (a torch tensor, say).
@@ -49,8 +49,10 @@ def load_audio(source: Any, sampling_rate: float | None = None, target_rate: int
     Channels of a file are averaged: x[n] = mean over c of x[n, c]. Resampling is soxr's "HQ" (20 bit, linear
     phase), as ``librosa.load`` does it. The result may be the caller's own array: do not write to it.
 
-    Raises ``AudioError``, ``FileNotFoundError``, ``PermissionError``.
+    Raises ``AudioError``, also for samples beyond ±``LOUDEST``; ``FileNotFoundError``, ``PermissionError`` or another
+    ``OSError`` where a path or a file object cannot be read.
     """
+    check_rate(target_rate, "target_rate")
     if sampling_rate is not None:
         sampling_rate = check_rate(sampling_rate)
     if isinstance(source, str | os.PathLike):

@@ -174,7 +174,8 @@ def get_operations(
 
 
 def _numba(threads: int | None, precision: str) -> Operations:
-    """NumPy's table with the Numba twins in it; the explicit forms stay NumPy's: they are to look at, not for speed."""
+    """NumPy's table with the Numba twins in it. The explicit forms stay NumPy's: they are to look at, not for speed.
+    (Those of the two position terms only bring the index into NumPy's form.)"""
     from sewd_np.cpu_compiling import announce_compiling
     from sewd_np.cpu_kernels import Kernels
 

@@ -2,7 +2,7 @@
 
 The fields, their names and their defaults are those of a transformers ``config.json`` (``model_type`` "sew-d"), so a
 published checkpoint's own file is read as it is. Beware of the defaults: they match no published checkpoint (those
-have an odd positional kernel, a smaller hidden size, ...); they are here because a file may leave a field out.
+have an odd positional kernel, for one); they are here because a file may leave a field out.
 
 Nothing else in the package reads a configuration file, and no operation reads the configuration: ``model.py`` hands
 each operation the few numbers it needs.
@@ -39,9 +39,10 @@ SAMPLING_RATE = 16_000  # samples per second; every published SEW-D hears at thi
 class SEWDConfig:
     """The shape and options of a SEW-D model.
 
-    Field names and defaults follow ``transformers.SEWDConfig`` (5.23); fields below ``attention_head_size`` are read
-    by the reference with ``getattr`` and come from DeBERTa. Dropout, mask probabilities and ``initializer_range``
-    matter in training only; they are kept so that a saved file is complete.
+    Field names and defaults follow ``transformers.SEWDConfig`` (5.23). Those from ``attention_head_size`` to
+    ``hidden_dropout_prob`` are not in that class: they come from DeBERTa, and the reference reads them where a file has
+    them. Dropout, mask probabilities and ``initializer_range`` matter in training only, and are kept so that a saved
+    file is complete; but where both mask probabilities are 0, there is no ``masked_spec_embed``.
 
     Raises ``ValueError`` naming the field for any value that the model cannot run with.
     """

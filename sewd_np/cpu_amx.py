@@ -7,7 +7,7 @@ each float32 is split into two of them, the number rounded and what the rounding
     a = a₁ + a₂ + ε,   |ε| ≤ 2⁻¹⁷ |a|         a · b ≈ a₁ b₁ + a₁ b₂ + a₂ b₁
 
 Three products replace one; the fourth, a₂ b₂, is smaller than what the splitting leaves out. Products are then good to
-17 bits: sixty times finer than TensorFloat's, coarser than float32's. A model's logits come out within 3e-5 of the
+17 bits: sixty times finer than TensorFloat's, coarser than float32's. A model's logits come out within 2e-5 of the
 largest instead of 2e-6 (``python -m benchmarks.cpu error``). PyTorch calls the same trick
 ``set_float32_matmul_precision("high")``, and so do we: ``load(..., precision="highest")`` leaves the unit alone.
 

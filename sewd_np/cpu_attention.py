@@ -12,7 +12,7 @@ all: 379 of 512 at 10 s. Of P, which for a minute of sound would fill 3 MB a hea
 down the diagonal. It comes KEYS keys at a time, only the rows that these queries meet there, and is added to the scores
 while it is in the nearest cache: a part is computed twice, and none comes back from memory.
 
-Then softmax, the product with V, and one division by the row's sum at the end. Frames beyond a recording's valid length
+Then softmax, the product with V, and one division by the row's sum at the end. Keys beyond a recording's valid length
 are never computed with, so there is no mask but for the few that fill the last panel: −∞.
 """
 

@@ -6,7 +6,7 @@ window before it. So a convolution is a matrix product whose rows overlap, and `
 The feature encoder as 13 whole layers writes and reads 100 MB for 10 s of sound. Here each worker takes a tile of
 about 64 output frames through all 13 layers: what passes between layers stays in the core's own cache, and memory does
 not grow with the recording but for the result. A tile begins a little before its first frame (its layers' windows
-overlap the neighbour's); the repeated work is about 1 %.
+overlap the neighbour's); the repeated work is well under 1 %.
 
 Group norm stands in the way: it wants the mean and variance of layer 0 over the whole recording before any tile can go
 on. Both follow from the sound itself. Layer 0 has one input channel, so its output is w·u for windows u of 10 samples:
@@ -49,7 +49,8 @@ class Encoder(NamedTuple):
 
 
 def pack_encoder(conv_layers: tuple[Conv, ...], strides: tuple[int, ...], norm: str, split: bool = False) -> Encoder:
-    """Pack the layers for ``encode_tiles``. ``norm`` "layer" leaves the norms to the kernel, "group" to ``fold``.
+    """Pack the layers for ``encode_tiles``. ``norm`` "layer" leaves the norms to the kernel, "group" to
+    ``fold_group_norm``.
 
     ``split``: for the matrix unit, if all layers but the first, which has one input channel, fit it.
     """

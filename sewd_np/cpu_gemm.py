@@ -4,11 +4,11 @@
 
 How it is fast, rung by rung (measured gains: docs/kernels.md):
 
-1. ``product_v1``: three loops. Each step loads two numbers and stores one, so the core waits for memory.
+1. ``product_v1``: three loops. One running sum, so every addition waits for the one before; B is read down its
+   columns.
 2. Keep a tile of C, ``ROWS`` × ``COLUMNS`` numbers, in vector registers while k runs: with AVX-512 12 × 32 of them, so
    that every number loaded is used 32 or 12 times. The compiler does not find this by itself, so ``_tile_builder``
-   writes the tile in LLVM's own language: it is the one place in the package below the level of Python, and ``tile``
-   shows what it computes.
+   writes the tile in LLVM's own language, and ``tile`` shows what it computes.
 3. Pack B once, on load, into panels of ``COLUMNS`` columns (``pack``): the inner loop then reads it front to back.
 4. Rows of A may lie ``stride`` apart, overlapping or not: a convolution over time-major sound is a plain product whose
    row i starts at sample i · stride (no im2col).

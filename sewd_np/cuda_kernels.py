@@ -247,12 +247,12 @@ def add_frames() -> Any:
     return run
 
 
-def add_pooled(stream: Any, pooled_btd: Any, position_bud: Any, out_btd: Any) -> None:
+def add_pooled(stream: Any, pooled_btd: Any, position_bqd: Any, out_btd: Any) -> None:
     """pooled + position, whose surplus frame is left out."""
     batch, frames, size = pooled_btd.shape
-    rows, position_frames = batch * frames, position_bud.shape[1]
+    rows, position_frames = batch * frames, position_bqd.shape[1]
     add_frames()[blocks(rows), threads(), stream](
-        pooled_btd, position_bud, position_frames, frames, rows, size, out_btd
+        pooled_btd, position_bqd, position_frames, frames, rows, size, out_btd
     )
 
 

@@ -259,15 +259,15 @@ class Device:
         cuda_kernels.average_pool(self.stream, x_bsd.data, factor, out.data)
         return out
 
-    def trim_and_activate(self, position_bud: DeviceArray, kernel: int, activation: str) -> DeviceArray:
-        batch, frames, size = position_bud.shape
+    def trim_and_activate(self, position_brd: DeviceArray, kernel: int, activation: str) -> DeviceArray:
+        batch, frames, size = position_brd.shape
         out = self._take(batch, frames - (kernel % 2 == 0), size)
-        cuda_kernels.trim_and_activate(self.stream, position_bud.data, activation, out.data)
+        cuda_kernels.trim_and_activate(self.stream, position_brd.data, activation, out.data)
         return out
 
-    def add_pooled(self, pooled_btd: DeviceArray, position_bud: DeviceArray) -> DeviceArray:
+    def add_pooled(self, pooled_btd: DeviceArray, position_bqd: DeviceArray) -> DeviceArray:
         out = self._take(*pooled_btd.shape)
-        cuda_kernels.add_pooled(self.stream, pooled_btd.data, position_bud.data, out.data)
+        cuda_kernels.add_pooled(self.stream, pooled_btd.data, position_bqd.data, out.data)
         return out
 
     def squeeze(self, x_bsd: DeviceArray, conv: Conv, factor: int, activation: str) -> DeviceArray:

@@ -56,7 +56,7 @@ def checked_input(model: SEWDModel, input_values: Any, attention_mask: Any, padd
         raise ValueError(f"attention_mask has shape {mask_bn.shape}; it must match input_values, {wave_bn.shape}.")
     if not np.isin(mask_bn, (0, 1)).all():
         raise ValueError("attention_mask contains other values than 0 (padding) and 1 (sound).")
-    lengths_b = mask_bn.sum(axis=1).astype(np.int64)
+    lengths_b = np.count_nonzero(mask_bn, axis=1)  # a sum in a half-precision mask's own dtype would be rounded
     if padding == "alone" and lengths_b.min() < minimum:
         raise ValueError(f"attention_mask leaves {lengths_b.min()} samples; the model needs at least {minimum}.")
     return wave_bn, lengths_b

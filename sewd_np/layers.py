@@ -7,7 +7,7 @@ steps, c channels, s frames (50 per second), t squeezed frames (25 per second), 
 Weights arrive prepared (``params.prepare``): matrices as (in, out), convolutions as (k, g, c_in/g, c_out/g).
 Results have the dtype of the input; float64 in, float64 out.
 
-No function takes a mask. Where recordings of a padded batch must not see their padding, a function takes
+No function takes a padding mask. Where recordings of a padded batch must not see their padding, a function takes
 ``lengths_b``, the number of valid time steps of each recording, or None for "all of them".
 """
 
@@ -240,14 +240,14 @@ def average_pool(x_bsd: Array, factor: int) -> Array:
     return x_bsd[:, : t * factor].reshape(batch, t, factor, size).mean(axis=2)
 
 
-def trim_and_activate(position_bud: Array, kernel: int, activation: str) -> Array:
+def trim_and_activate(position_brd: Array, kernel: int, activation: str) -> Array:
     """What follows the positional convolution: drop an even kernel's surplus frame (SEWDSamePadLayer), activate."""
-    return activate(position_bud[:, : position_bud.shape[1] - (kernel % 2 == 0)], activation)
+    return activate(position_brd[:, : position_brd.shape[1] - (kernel % 2 == 0)], activation)
 
 
-def add_pooled(pooled_btd: Array, position_bud: Array) -> Array:
+def add_pooled(pooled_btd: Array, position_bqd: Array) -> Array:
     """Sum of the pooled frames and the positional ones, cut to the shorter, the pool's floor(s / factor)."""
-    return pooled_btd + position_bud[:, : pooled_btd.shape[1]]
+    return pooled_btd + position_bqd[:, : pooled_btd.shape[1]]
 
 
 def squeeze(x_bsd: Array, conv: Conv, factor: int, activation: str) -> Array:

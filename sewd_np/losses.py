@@ -167,8 +167,10 @@ def ctc_loss(
     or "none" (an array (b,)). A recording whose labels do not fit into its frames costs inf, or 0 with
     ``zero_infinity``.
 
-    Raises ``ValueError`` for labels of the wrong shape or a label that is no token id.
+    Raises ``ValueError`` for labels of the wrong shape, a label that is no token id, or an unknown ``reduction``.
     """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'.")
     batch, _, vocab_size = logits_bsv.shape
     labels_bl = ctc_labels(labels_bl, batch, vocab_size)
     losses, counts = np.zeros(batch), np.ones(batch)
@@ -184,13 +186,13 @@ def ctc_loss(
     return float((losses / counts).mean() if reduction == "mean" else losses.sum())
 
 
-def cross_entropy(logits_bn: Array, labels_b: Array) -> float:
+def cross_entropy(logits_bl: Array, labels_b: Array) -> float:
     """Mean of −log softmax(logits)[label] over the recordings whose label is not −100; NaN if all are.
 
     logits (b, labels), labels (b,) or (b, 1). Raises ``ValueError`` for a label that is no class.
     """
-    labels = class_labels(labels_b, *logits_bn.shape)
+    labels = class_labels(labels_b, *logits_bl.shape)
     kept = labels != IGNORED
     if not kept.any():
         return float("nan")
-    return -float(log_softmax(logits_bn)[kept, labels[kept]].mean())
+    return -float(log_softmax(logits_bl)[kept, labels[kept]].mean())

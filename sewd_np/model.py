@@ -448,8 +448,8 @@ class SEWDModel:
 
         Raises ``ValueError`` for input of the wrong shape, too short or not finite, a mask with other values than 0
         and 1, unusable labels, an unknown padding rule, a trace or edit that matches no point, or an edit that returns
-        another shape; ``TypeError`` for a trace or edit that is none; ``MemoryError`` before any work if the attention
-        scores cannot fit.
+        another shape; ``TypeError`` for a trace or edit that is none, or an edit that returns no array of numbers;
+        ``MemoryError`` before any work if the attention scores cannot fit.
         """
         if labels is not None:
             check_labels(self, labels, input_values)
@@ -472,7 +472,8 @@ class SEWDModel:
         config = self.config
         if self.head == "classification":
             return losses.cross_entropy(logits, labels)
-        samples_b = np.sum(np.ones_like(input_values) if attention_mask is None else attention_mask, axis=1)
+        heard_bn = np.ones(np.shape(input_values), bool) if attention_mask is None else attention_mask
+        samples_b = np.count_nonzero(heard_bn, axis=1)
         frames_b = np.array([config.frames(int(n)) for n in samples_b])
         return losses.ctc_loss(
             logits, labels, frames_b, config.pad_token_id, config.ctc_loss_reduction, config.ctc_zero_infinity

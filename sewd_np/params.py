@@ -268,7 +268,7 @@ def _positional_conv(params: Params, config: SEWDConfig) -> Conv:
     """Fold the weight norm: weight = g · v / ‖v‖, one norm per kernel tap, over (out, in / groups) (``dim=2``)."""
     name = "encoder.pos_conv_embed.conv"
     v, g = params[f"{name}.weight_v"], params[f"{name}.weight_g"]
-    # Squares are summed in float64: the sum runs over a tap's whole matrix, up to 800,000 numbers.
+    # Squares are summed in float64: a tap's whole matrix is up to 36,864 numbers in the published models.
     norm = np.sqrt(np.square(v, dtype=np.float64).sum(axis=(0, 1), keepdims=True)).astype(v.dtype)
     return Conv(grouped_taps(g * (v / norm), config.num_conv_pos_embedding_groups), params[f"{name}.bias"], None)
 

@@ -4,8 +4,9 @@
 
     y[n] = (x[n] − mean) / sqrt(var + 1e-7)         var = mean of (x − mean)², over all n counted, not n − 1
 
-The 1e-7, the reference's own, keeps silence finite. A recording that is much fainter than 1e-4 of full scale (−80 dB)
-drowns in it, and comes out as good as silent; above, loudness does not matter.
+The 1e-7, the reference's own, keeps silence finite. It stands for a standard deviation of 3e-4 of full scale: fainter
+recordings come out below 1, speech with a peak of 1e-4 (−80 dB) at about 0.05, which the model's own norms make good.
+What is much fainter still ends as silence.
 
 What is counted depends on the checkpoint. Where it returns an attention mask, each recording's own samples, and the
 padding is set back to the padding value. Where it returns none (every published SEW-D), the whole padded row, padding

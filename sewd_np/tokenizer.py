@@ -170,7 +170,8 @@ class CTCTokenizer:
 
         Ids outside the vocabulary read as the unknown token. Offsets keep the vocabulary's case.
 
-        Raises ``ValueError`` for ids that are not whole numbers in one dimension.
+        Raises ``ValueError`` for ids that are not whole numbers, for more than one dimension, and for an id outside the
+        vocabulary where there is no unknown token.
         """
         tokens = self.tokens(ids)
         if skip_special_tokens:

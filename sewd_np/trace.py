@@ -155,7 +155,7 @@ class Trace(Mapping[str, Array]):
 
     Pass it to a model call; afterwards it is a mapping from names to NumPy arrays, in the order in which they fired.
     ``dims`` gives each value's shape in the dimension key. A trace holds one call: the next call starts it anew. No
-    pattern means every point, which for a long recording is a great deal of memory: each layer keeps six (b, h, t, t)
+    pattern means every point, which for a long recording is a great deal of memory: each layer keeps five (b, h, t, t)
     arrays.
     """
 

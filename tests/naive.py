@@ -239,17 +239,17 @@ def average_pool(x_bsd: Array, factor: int) -> Array:
     return out
 
 
-def trim_and_activate(position_bud: Array, kernel: int, activation: str) -> Array:
-    batch, frames, size = position_bud.shape
+def trim_and_activate(position_brd: Array, kernel: int, activation: str) -> Array:
+    batch, frames, size = position_brd.shape
     kept = frames - 1 if kernel % 2 == 0 else frames
     out = np.zeros((batch, kept, size))
     for b, t, d in indices(out):
-        out[b, t, d] = activated(float(position_bud[b, t, d]), activation)
+        out[b, t, d] = activated(float(position_brd[b, t, d]), activation)
     return out
 
 
-def add_pooled(pooled_btd: Array, position_bud: Array) -> Array:
-    pooled, position = doubles(pooled_btd), doubles(position_bud)
+def add_pooled(pooled_btd: Array, position_bqd: Array) -> Array:
+    pooled, position = doubles(pooled_btd), doubles(position_bqd)
     out = np.zeros(pooled.shape)
     for b, t, d in indices(out):
         out[b, t, d] = pooled[b, t, d] + position[b, t, d]
@@ -539,8 +539,8 @@ def ctc_loss(
     return math.fsum(loss / count for loss, count in zip(losses, counts, strict=True)) / len(losses)
 
 
-def cross_entropy(logits_bn: Array, labels_b: Sequence[int]) -> float:
-    kept = [(row, label) for row, label in zip(doubles(logits_bn), labels_b, strict=True) if label != -100]
+def cross_entropy(logits_bl: Array, labels_b: Sequence[int]) -> float:
+    kept = [(row, label) for row, label in zip(doubles(logits_bl), labels_b, strict=True) if label != -100]
     if not kept:
         return math.nan
     return math.fsum(-math.log(softmax(list(row))[label]) for row, label in kept) / len(kept)

@@ -96,6 +96,12 @@ def test_another_target_rate() -> None:
     assert len(load_audio(tone(16_000), 16_000, target_rate=8_000)) == 4_000
 
 
+@pytest.mark.parametrize("rate", [0, -16_000, float("nan"), "16k"])
+def test_an_impossible_target_rate(rate: Any) -> None:
+    with pytest.raises(AudioError, match=r"target_rate is .*expected a number of samples per second"):
+        load_audio(tone(16_000), 16_000, target_rate=rate)
+
+
 def test_array_without_rate_is_at_the_target_rate() -> None:
     wave_n = tone(16_000)
     np.testing.assert_array_equal(load_audio(wave_n), wave_n)

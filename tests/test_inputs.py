@@ -79,6 +79,21 @@ def test_mask_counts_only_through_its_sum(model: sewd_np.SEWDForCTC) -> None:
     np.testing.assert_array_equal(model(wave(), right).logits, model(wave(), left).logits)
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16, np.float64])
+def test_a_mask_may_have_any_dtype(model: sewd_np.SEWDForCTC, dtype: Any) -> None:
+    """int8 holds no 4000, and float16 no 100,000."""
+    samples, labels = np.random.default_rng(1).standard_normal((1, 100_000), dtype=np.float32), np.array([[5, 6]])
+    mask = np.arange(100_000)[None] < 70_000
+    want, got = (model(samples, asked, labels) for asked in (mask.astype(np.int64), mask.astype(dtype)))
+    np.testing.assert_array_equal(got.logits, want.logits)
+    assert got.loss == want.loss != model(samples, labels=labels).loss
+
+
+def test_the_loss_of_half_precision_samples(model: sewd_np.SEWDForCTC) -> None:
+    samples, labels = wave(samples=70_000).astype(np.float16), np.array([[5, 6]])
+    assert model(samples, labels=labels).loss == model(samples.astype(np.float32), labels=labels).loss
+
+
 def test_a_recording_too_short_to_stand_alone(model: sewd_np.SEWDForCTC) -> None:
     mask = np.ones((2, 4000), int)
     mask[1, 10:] = 0

@@ -189,6 +189,11 @@ def test_wrong_ctc_labels_are_an_error(labels: Any, message: str) -> None:
         ctc_loss(np.zeros((1, 5, 7)), np.array(labels), np.array([5]), 0)
 
 
+def test_an_unknown_reduction_is_an_error() -> None:
+    with pytest.raises(ValueError, match="reduction is 'avg'; it must be 'mean', 'sum' or 'none'"):
+        ctc_loss(np.zeros((1, 5, 7)), np.array([[1]]), np.array([5]), 0, "avg")
+
+
 # ------------------------------------------------------------------- the lattice
 
 
