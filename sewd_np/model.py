@@ -49,7 +49,7 @@ class SEWDOutput:
     """What a model call returns; NumPy arrays on every backend, None where not asked for or not applicable.
 
     last_hidden_state (b, s, d) at 50 frames a second, from a model with a head only with ``output_hidden_states`` (it
-    is twelve times the logits, which is all that should have to leave a GPU); logits (b, s, v) for CTC, (b, labels) for
+    is many times the logits, which are all that should have to leave a GPU); logits (b, s, v) for CTC, (b, labels) for
     classification; loss a number, or (b,) with reduction "none"; hidden_states L + 1 arrays (b, t, d) at 25 frames a
     second, the first one what enters layer 0; attentions L arrays (b, h, t, t).
     """
