@@ -128,8 +128,9 @@ def _encoder_of(source: Any, config_path: Path) -> dict[str, np.ndarray]:
     """The encoder's tensors of the checkpoint that a ``shared_encoder`` names; what does not fit is refused later."""
     if not isinstance(source, str):
         raise CheckpointError(f"{config_path}: shared_encoder is {source!r}; it must be the name of a model.")
-    folder = find(source)
-    if folder.is_dir() and "shared_encoder" in read_json(folder / "config.json"):
+    path = find(source)
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if config.is_file() and "shared_encoder" in read_json(config):
         raise CheckpointError(f"{config_path}: shared_encoder is {source!r}, which shares an encoder itself.")
     return read_checkpoint(source, "model").params
 
@@ -172,7 +173,7 @@ def find(source: str | Path) -> Path:
     name = os.fspath(source)
     if isinstance(source, str) and re.fullmatch(r"[\w-]+", name) and (ASSETS / name / "config.json").is_file():
         return ASSETS / name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves an unknown ~user as it is, where pathlib raises RuntimeError
     if name and path.is_dir():
         return path
     if path.is_file():
@@ -257,7 +258,8 @@ def _read_fairseq(path: Path, head: str | None) -> Checkpoint:
     own_config = not config_path.is_file()
     values = config_from(original, path) if own_config else read_json(config_path)
     vocab = None
-    rows = params["lm_head.weight"].shape[0] if "lm_head.weight" in params else None
+    head_weight = params.get("lm_head.weight")
+    rows = len(head_weight) if head_weight is not None and head_weight.ndim else None
     if rows is not None and head in (None, "ctc"):
         if (folder / "dict.ltr.txt").is_file():
             vocab, origin = read_dictionary(folder / "dict.ltr.txt"), "dict.ltr.txt"
@@ -287,7 +289,10 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
     if (folder / "preprocessor_config.json").is_file():
         return {**PREPROCESSOR, **read_json(folder / "preprocessor_config.json")}
     if (folder / "processor_config.json").is_file():  # where newer transformers put it
-        return {**PREPROCESSOR, **read_json(folder / "processor_config.json").get("feature_extractor", {})}
+        inner = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        if not isinstance(inner, dict):
+            raise CheckpointError(f"{folder / 'processor_config.json'}: feature_extractor is {inner!r}, not an object.")
+        return {**PREPROCESSOR, **inner}
     return dict(PREPROCESSOR)
 
 

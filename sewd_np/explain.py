@@ -198,7 +198,7 @@ def _check_writable(path: Path, where: Path) -> None:
     """Raise ``OSError`` if nothing can be made in the folder ``where``, or nothing of that name."""
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix=SCRATCH) as work:
-            (Path(work) / path.resolve().name).touch()
+            (Path(work) / os.path.basename(os.path.realpath(path))).touch()  # resolve() fails on a loop of links
     except OSError as error:
         raise OSError(f"{str(path)!r} cannot be written ({error.strerror}); name another place.") from error
 

@@ -7,7 +7,7 @@ relative-position table, one recording costs:
 
     feature encoder       Σ_i  s_i · c_(i-1) · k_i · c_i              one term a convolution
     feature projection    s · c · d
-    positional conv       ceil(s / squeeze) · (d / groups) · k · d    an even kernel one frame more
+    positional conv       ceil(s / squeeze) · (d / groups) · k · d    an even kernel: s + 1 for s
     attention, a layer    4 · t · d²  query, key, value, output
                           2 · t² · d  content scores, context
                           t · p · d   each of c2p and p2c, against the whole table

@@ -271,6 +271,11 @@ class _Machine:
         if function == _PARAMETER and isinstance(args[0], Window | Record):
             return args[0]
         if function == _TENSOR and isinstance(args[0], Storage):
+            if len(args) > 6 and args[6]:  # a negation or conjugation that PyTorch has put off
+                raise CheckpointError(
+                    f"{self.path}: a tensor has operations put off ({args[6]!r}); save what resolve_neg() and "
+                    "resolve_conj() make of it."
+                )
             return self._window(args[0], *args[1:4])
         if isinstance(function, Global) and self.keep_unknown:
             return Record(function, args)

@@ -53,7 +53,11 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="np") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
             arrays = {name: file.get_tensor(name) for name, kind in kinds.items() if kind != "BF16"}
-    except (SafetensorError, TypeError, ValueError, AttributeError) as error:
+    except AttributeError as error:  # of NumPy, which the library asks for the type
+        raise CheckpointError(
+            f"{path}: holds numbers of a type that NumPy lacks ({error}); save them as float32, float16 or bfloat16."
+        ) from error
+    except (SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); the file is {path.stat().st_size} bytes long: download "
             f"or copy it again{_foreign(path)}."

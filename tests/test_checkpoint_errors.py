@@ -76,6 +76,27 @@ def test_safetensors_that_is_something_else(folder: Path) -> None:
     refused(folder, "tensors (", "missing")
 
 
+def test_numbers_of_a_type_that_numpy_lacks(folder: Path) -> None:
+    save_file({"x": torch.zeros(4, dtype=torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"a type that NumPy lacks.*float8.*save them as float32"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("inner", [None, "Wav2Vec2FeatureExtractor", [1]])
+def test_a_feature_extractor_that_is_no_object(folder: Path, inner: Any) -> None:
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "processor_config.json").write_text(json.dumps({"feature_extractor": inner}))
+    with pytest.raises(CheckpointError, match=r"processor_config.json: feature_extractor is .*, not an object"):
+        read_checkpoint(folder)
+
+
+def test_a_fairseq_head_without_rows(tmp_path: Path) -> None:
+    args = {"w2v_args": {"model": {}}}
+    torch.save({"model": {"w2v_encoder.proj.weight": torch.tensor(1.0)}, "cfg": {"model": args}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
 def test_bin_that_is_no_zip(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -99,6 +120,7 @@ def test_sources_that_are_nowhere(tmp_path: Path) -> None:
     refused(tmp_path / "notes.txt", "not a weights file")
     refused(tmp_path / "absent", "no such file or folder")
     refused("./absent", "no such file or folder")
+    refused("~nobody-of-that-name/x", "no such file or folder")
     refused("absent/model.safetensors", "no such file or folder")
     for source in ("absent", "a/b/c", "owner/na me", "", "owner/", "owner/a--b", "https://host/owner/name"):
         refused(source, "is no bundled model (an4, keywords)", "owner/name")

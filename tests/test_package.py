@@ -129,6 +129,7 @@ def test_public_names_are_there() -> None:
     for name in sewd_np.__all__:
         assert getattr(sewd_np, name).__name__ == name
         assert name in dir(sewd_np)
+    assert {"ablate", "plot", "trace"} <= {*dir(sewd_np)}
     # The function, not the room of the same name, whichever was imported first.
     assert callable(sewd_np.transcribe)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -62,6 +62,7 @@ def test_sharing_that_cannot_be(whole_and_head: tuple[Path, Path, torch.nn.Modul
     for source, message in [
         (3, "shared_encoder is 3; it must be the name of a model"),
         (str(head), "which shares an encoder itself"),
+        (str(head / "model.safetensors"), "which shares an encoder itself"),
         ("nowhere", "'nowhere' is no bundled model"),
         ("an4", "hidden_size|shape"),
     ]:

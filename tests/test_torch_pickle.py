@@ -353,6 +353,17 @@ def test_other_zips(tmp_path: Path) -> None:
         read_state_dict(zipped(tmp_path, tensor_pickle(0, (6,), (1,), 6)))
 
 
+def test_a_negation_put_off_is_an_error(tmp_path: Path) -> None:
+    """PyTorch writes the numbers as they lie, and beside them that their signs are to be turned."""
+    imaginary = torch.complex(torch.ones(3), torch.ones(3)).conj().imag
+    path = tmp_path / "model.bin"
+    torch.save({"x": imaginary}, path)
+    with pytest.raises(CheckpointError, match=r"operations put off.*'neg': True.*resolve_neg"):
+        read_state_dict(path)
+    torch.save({"x": imaginary.resolve_neg()}, path)
+    np.testing.assert_array_equal(read_state_dict(path)["x"], -np.ones(3, np.float32))
+
+
 def test_contents_that_are_no_state_dict(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a list, not a dictionary of tensors"):
         read_state_dict(saved(tmp_path, [torch.ones(1)]))
