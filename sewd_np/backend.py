@@ -129,6 +129,7 @@ NUMPY = Operations(
 
 BACKENDS = ("numpy", "numba", "cuda")
 DEFAULT_BACKEND = "numba"  # in float32; whoever asks for float64 and names no backend gets "numpy", which alone has it
+MOST_THREADS = 1024  # beyond any processor, and within what an operating system lets a process start
 PRECISIONS = ("high", "highest")  # of the products of "numba", in PyTorch's words; the first is the default
 
 
@@ -156,9 +157,9 @@ def get_operations(
     takes = ("float32", "float64") if backend == "numpy" else ("float32",)
     if name not in takes:
         raise ValueError(f"dtype is {name}; backend {backend!r} computes in {' or '.join(takes)}.")
-    is_count = isinstance(threads, int | np.integer) and not isinstance(threads, bool) and threads >= 1
+    is_count = isinstance(threads, int | np.integer) and not isinstance(threads, bool) and 1 <= threads <= MOST_THREADS
     if threads is not None and not is_count:
-        raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1.")
+        raise ValueError(f"threads is {threads!r}; it must be a whole number of at least 1 and at most {MOST_THREADS}.")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}.")
     for argument, value in (("threads", threads), ("precision", precision)):
@@ -193,6 +194,7 @@ def _numba(threads: int | None, precision: str) -> Operations:
         linear_add_norm=kernels.linear_add_norm,
         feed_forward=kernels.feed_forward,
         add_norm=kernels.add_norm,
+        conv_residual=kernels.conv_residual,
         squeeze=kernels.squeeze,
         relative_index=kernels.relative_index,
         disentangled_attention=kernels.disentangled_attention,
