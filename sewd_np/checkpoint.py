@@ -159,8 +159,17 @@ def load_model(
     if cls is None:
         cls = getattr(model, ARCHITECTURES[checkpoint.head])
     processor = Processor.from_files(checkpoint.preprocessor, checkpoint.tokenizer, checkpoint.vocab)
-    params = {name: array.astype(dtype, copy=False) for name, array in checkpoint.params.items()}
+    params = {name: _cast(array, name, dtype, source) for name, array in checkpoint.params.items()}
     return cls(checkpoint.config, params, ops, processor)
+
+
+def _cast(array: np.ndarray, name: str, dtype: Any, source: str | Path) -> np.ndarray:
+    """``array`` in the numbers that the model computes in; float64 weights may be too large for float32."""
+    if array.dtype.itemsize > np.dtype(dtype).itemsize and np.abs(array).max(initial=0) > np.finfo(dtype).max:
+        raise CheckpointError(
+            f"{source}: {name} holds numbers too large for {np.dtype(dtype)}; load it with dtype='float64'."
+        )
+    return array.astype(dtype, copy=False)
 
 
 # --------------------------------------------------------------------------- finding

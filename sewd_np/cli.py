@@ -311,5 +311,6 @@ def _sentence(error: BaseException) -> str:
 
 def _complain(sentence: str, path: str = "") -> None:
     """One line on standard error, beginning with the file it is about unless the sentence names it itself."""
-    start = f"{path}: " if path and path not in sentence else ""
+    named = not path or sentence.startswith(f"{path}:") or f"'{path}'" in sentence
+    start = "" if named else f"{path}: "
     print(f"sewd-np: {start}{sentence}", file=sys.stderr)

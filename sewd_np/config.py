@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ ACTIVATIONS = (
     "sigmoid",
     "linear",
 )
+LARGEST = 2**31  # no whole number of a configuration reaches it: a damaged file must not ask for more than memory holds
+MOST = {"num_hidden_layers": 1_000, "num_labels": 1_000_000}  # of what is listed one by one when a checkpoint is read
 SAMPLING_RATE = 16_000  # samples per second; every published SEW-D hears at this rate
 
 
@@ -126,7 +129,13 @@ class SEWDConfig:
             "num_conv_pos_embedding_groups",
             "classifier_proj_size",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
+            most = MOST.get(name, LARGEST - 1)
+            _require(
+                1 <= getattr(self, name) <= most,
+                name,
+                getattr(self, name),
+                f"a whole number of at least 1 and at most {most:,}",
+            )
         for name in ("layer_norm_eps", "feature_layer_norm_eps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         _require(
@@ -341,7 +350,9 @@ class SEWDConfig:
             )
         labels = values.pop("num_labels", None)
         if labels is not None:
-            _require(_is_int(labels) and labels >= 1, "num_labels", repr(labels), "a whole number of at least 1")
+            most = MOST["num_labels"]
+            fits = _is_int(labels) and 1 <= labels <= most
+            _require(fits, "num_labels", repr(labels), f"a whole number of at least 1 and at most {most:,}")
         if labels is not None and "id2label" not in values:
             values["id2label"] = {i: f"LABEL_{i}" for i in range(labels)}
         values.pop("label2id", None)
@@ -367,12 +378,12 @@ class SEWDConfig:
 def _coerced(name: str, kind: str, value: Any) -> Any:
     """``value`` as the field's declared type (JSON has lists for tuples and string keys), or a ValueError."""
     if kind == "int":
-        _require(_is_int(value), name, repr(value), "a whole number")
+        _require(_is_int(value), name, repr(value), f"a whole number below {LARGEST:,}")
     elif kind == "int | None":
-        _require(value is None or _is_int(value), name, repr(value), "a whole number or null")
+        _require(value is None or _is_int(value), name, repr(value), f"a whole number below {LARGEST:,} or null")
     elif kind == "float":
         _require(
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf,
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max,
             name,
             repr(value),
             "a finite number",
@@ -383,7 +394,10 @@ def _coerced(name: str, kind: str, value: Any) -> Any:
         _require(isinstance(value, str), name, repr(value), "a string")
     elif kind == "tuple[int, ...]":
         _require(
-            isinstance(value, list | tuple) and all(map(_is_int, value)), name, repr(value), "a list of whole numbers"
+            isinstance(value, list | tuple) and all(map(_is_int, value)),
+            name,
+            repr(value),
+            f"a list of whole numbers below {LARGEST:,}",
         )
         value = tuple(value)
     elif kind == "tuple[str, ...]":
@@ -408,7 +422,7 @@ def _coerced(name: str, kind: str, value: Any) -> Any:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _require(condition: bool, name: str, found: Any, expected: str) -> None:

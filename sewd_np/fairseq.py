@@ -128,7 +128,10 @@ def config_from(checkpoint: FairseqCheckpoint, path: str | Path) -> dict[str, An
         # An unresolved reference such as "${task.fbank_dim}" stands for the task's default, 0.
         if value != only and not (isinstance(value, str) and value.startswith("${")):
             raise CheckpointError(f"{path}: option {name} is {value!r}, but SEW-D is only known with {only!r}.")
-    layers = parse_conv_layers(entry(inner, "conv_feature_layers", _DEFAULT_CONV_LAYERS))
+    try:
+        layers = parse_conv_layers(entry(inner, "conv_feature_layers", _DEFAULT_CONV_LAYERS))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     values = {ours: entry(inner, theirs, default) for ours, theirs, default in _FIELDS}
     values.update((ours, entry(outer, theirs, default)) for ours, theirs, default in _TRAINING_FIELDS)
     for name in ("mask_time_prob", "mask_feature_prob"):

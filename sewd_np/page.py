@@ -46,9 +46,9 @@ KINDS = {
     ),
     "attention": Kind(
         "One head, beside the sound",
-        "One of the tiles above, with the sound and the letters along both sides. Pick a moment on the left, go "
-        "right until it is bright, then up: that is the moment it looks at. The colours follow the square root of "
-        "the probability, so that weak attention can be seen too; every row sums to 1.",
+        "One of the tiles above, with the sound, and the letters where there are any, along both sides. Pick a moment "
+        "on the left, go right until it is bright, then up: that is the moment it looks at. The colours follow the "
+        "square root of the probability, so that weak attention can be seen too; every row sums to 1.",
     ),
     "disentangle": Kind(
         "Why it looks there",
@@ -92,6 +92,7 @@ def page(kinds: Sequence[str], heading: str, text: str | None, layer: int, head:
     """
     said = "" if text is None else f"<p>The model heard: <strong>{html.escape(text) or 'nothing'}</strong></p>"
     which = f"layer {layer}, head {head}"
+    ending = "" if text is None else ", and a last layer gives each frame a probability for every letter"
     sections = []
     for kind in kinds:
         title, caption = KINDS[kind]
@@ -102,7 +103,12 @@ def page(kinds: Sequence[str], heading: str, text: str | None, layer: int, head:
             f'<img src="{kind}.png" alt="{html.escape(title)}">\n<p>{html.escape(caption)}</p>\n</section>'
         )
     return _PAGE.format(
-        generator=GENERATOR, heading=html.escape(heading), text=said, sections="\n".join(sections), which=which
+        generator=GENERATOR,
+        heading=html.escape(heading),
+        text=said,
+        ending=ending,
+        sections="\n".join(sections),
+        which=which,
     )
 
 
@@ -124,8 +130,8 @@ section p {{ max-width: 46rem; }}
 <body>
 <h1>{heading}</h1>
 {text}
-<p>These pictures follow the recording through SEW-D, a speech recogniser: convolutions turn the sound into frames, a
-transformer lets the frames look at each other, and a last layer gives each frame a probability for every letter.
+<p>These pictures follow the recording through SEW-D, a speech model: convolutions turn the sound into frames, and a
+transformer lets the frames look at each other{ending}.
 Layers and heads count from 0; where a picture shows only one, it is {which}.</p>
 {sections}
 </body>

@@ -291,7 +291,8 @@ class _Machine:
         numbers = (offset, *size, *stride)
         if len(size) != len(stride) or len(size) > 32 or not all(type(number) is int for number in numbers):
             raise TypeError("wrong description of a tensor")
-        fits = min(numbers) >= 0
+        # Even a stride that no element is reached by has to be one that NumPy can hold.
+        fits = min(numbers) >= 0 and max(numbers) <= MAX_ELEMENTS
         if fits and 0 not in size:
             last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
             fits = last < storage.count and math.prod(size) <= MAX_ELEMENTS

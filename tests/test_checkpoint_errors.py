@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sewd_np import checkpoint as room
-from sewd_np.checkpoint import CheckpointError, find, read_checkpoint
+from sewd_np.checkpoint import CheckpointError, find, load_model, read_checkpoint
 from sewd_np.config import SEWDConfig
 from sewd_np.params import expected_shapes, random_params
 from sewd_np.weights import implied_fields
@@ -299,6 +299,17 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
     save_file(tensors, folder / "model.safetensors")
     refused(folder, "lm_head.weight holds 1 of 1536 values that are not finite")
     assert read_checkpoint(folder, head="model").head == "model"  # there it is unused
+
+
+def test_weights_beyond_float32(folder: Path) -> None:
+    tensors = {name: value.to(torch.float64) for name, value in load_file(folder / "model.safetensors").items()}
+    tensors["lm_head.weight"][3, 5] = 1e300
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight holds numbers too large for float32; .*dtype='float64'"
+    ):
+        load_model(folder, backend="numpy")
+    assert load_model(folder, dtype="float64").params["lm_head.weight"].max() == 1e300
 
 
 def test_weights_that_are_large_or_whole_numbers(folder: Path) -> None:

@@ -130,6 +130,15 @@ def test_too_short_a_file_is_named(capsys: Captured, tmp_path: Path) -> None:
     assert err.startswith(f"sewd-np: {short}: ") and "720" in err and err.count("\n") == 1
 
 
+def test_a_file_whose_name_is_part_of_the_sentence_is_named_too(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("e", np.zeros(719), 16000, format="WAV")
+    assert cli.main(["transcribe", "e"]) == 2
+    assert capsys.readouterr().err.startswith("sewd-np: e: ")
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -128,6 +128,7 @@ def test_a_model_without_letters(tmp_path: Path, noise: str, capsys: Captured) -
     assert cli.main(["explain", noise, "-o", str(tmp_path / "page"), "--model", str(folder)]) == 0
     drawn = {path.stem for path in (tmp_path / "page").iterdir()}
     assert drawn == {"index", *KINDS} - {"transcript"}
+    assert "for every letter" not in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
 
 
 def test_without_matplotlib_one_line_names_the_extra(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_errors_of_whole_files(tmp_path: Path) -> None:
         ("w2v_args are absent", {"cfg": {"model": FINE_TUNING}}),
         ("squeeze_method is 'multi-layer'", {"cfg": wrapped(squeeze_method="multi-layer")}),
         ("extractor_mode is 'batch_norm'", {"cfg": wrapped(extractor_mode="batch_norm")}),
-        ("conv_feature_layers is", {"cfg": wrapped(conv_feature_layers="__import__('os').system('true')")}),
+        (r"\.pt: conv_feature_layers is", {"cfg": wrapped(conv_feature_layers="__import__('os').system('true')")}),
         (
             r"num_hidden_layers is 4, but the weights say 3.*encoder\.encoder\.layer\.3",
             {"cfg": wrapped(encoder_layers=4)},

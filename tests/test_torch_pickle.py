@@ -225,6 +225,8 @@ def test_optimizer_tensors_stay_unread(tmp_path: Path) -> None:
         (0, (2,), (-1,)),
         (2, (-1,), (1,)),
         (0, (2**40,), (0,)),
+        (0, (1,), (2**62,)),  # reaches nothing, but no NumPy array has it
+        (0, (0, 2**40), (1, 1)),
     ],
 )
 def test_windows_beyond_their_storage_are_refused(
