@@ -24,7 +24,7 @@ help:
 	@echo "make test-gpu           compare the CUDA backend with the CPU and PyTorch on a GPU"
 	@echo "make check              ruff (lint and format) and mypy"
 	@echo "make parity MODEL=an4   compare a checkpoint with transformers, point by point"
-	@echo "make bench              time the Numba backend beside transformers and ONNX Runtime (15 minutes)"
+	@echo "make bench              time the Numba backend beside transformers and ONNX Runtime (15 minutes); draws time-against-length.png"
 	@echo "make bench-gpu          time the CUDA backend beside transformers on a GPU"
 	@echo "make notebooks          run every notebook from a clean kernel; make notebooks-write keeps what they show"
 	@echo "make clean              remove .venv and everything built"

@@ -4,8 +4,9 @@
     python -m benchmarks.cpu speed stages          # some of it
     python -m benchmarks.cpu plot -o picture.png   # time against length of recording
 
-Every figure is a ratio of medians of calls that take turns, because absolute times on a shared machine mean little.
-Weights are random: the arithmetic is the same.
+Speeds are compared by medians of calls that take turns, because absolute times on a shared machine mean little; in the
+plot, peers have recordings beyond a minute in processes of their own, where they may fail. Weights are random: the
+arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def throughput(clips: int = 64, seconds: float = 3) -> None:
         calls[f"ours, {batch}"] = lambda parts=parts: [ours(part) for part in parts]
         calls[f"theirs, {batch}"] = lambda theirs=theirs: [part() for part in theirs]
     ours.processor = sewd_np.load("an4").processor
-    cut = [wave[: len(wave) - 97 * i] for i, wave in enumerate(waves)]  # no two of one length
+    middle = clips // 2
+    cut = [np.resize(wave, len(wave) + 97 * (i - middle)) for i, wave in enumerate(waves)]  # no two of one length
     calls["a list"] = lambda: sewd_np.transcribe(cut, ours)
     calls["a list, one by one"] = lambda: sewd_np.transcribe(cut, ours, batch_size=1)
     t = peers.alternate(calls, 3)
@@ -119,7 +121,9 @@ def stages(seconds: float = 10) -> None:
     del table["run"]  # which calls all the others
     ours.ops = dataclasses.replace(plain, **{name: timed(name, op) for name, op in table.items() if callable(op)})
     rounds = 9
-    for _ in range(rounds + 1):
+    ours(wave_bn)  # the first call loads the kernels
+    spent.clear()
+    for _ in range(rounds):
         ours(wave_bn)
     ours.ops = plain
     parts = count_multiply_adds(ours.config, "ctc", wave_bn.shape[1])
@@ -131,26 +135,24 @@ def stages(seconds: float = 10) -> None:
     whole = peers.alternate({"ours": lambda: ours(wave_bn)}, 9)["ours"]
     print(f"matrix-product bound {1e3 * bound:.0f} ms, whole pass {1e3 * whole:.0f} ms: {whole / bound:.2f} times\n")
     print("| operation | share of the time |\n|---|---|")
-    seconds_of = {name: sum(times) / len(times) * (len(times) // (rounds + 1)) for name, times in spent.items()}
+    seconds_of = {name: sum(times) for name, times in spent.items()}
     everything = sum(seconds_of.values())
     for name, value in sorted(seconds_of.items(), key=lambda item: -item[1])[:8]:
         print(f"| {name} | {100 * value / everything:.0f} % |")
 
 
 def product_rate(threads: int) -> float:
-    """Multiply-adds a second of SciPy's single-threaded sgemm on ``threads`` threads, over the model's own shapes."""
-    from scipy.linalg.blas import sgemm
+    """Multiply-adds a second of NumPy's products, one a thread on ``threads`` threads, over the model's shapes."""
     from threadpoolctl import threadpool_limits
 
     shapes = [(125, 384, 1152), (125, 384, 1536), (125, 1536, 384), (1024, 384, 128), (512, 384, 256), (128, 1024, 512)]
     rng = np.random.default_rng(0)
-    matrices = [(rng.standard_normal((k, m)), rng.standard_normal((n, k))) for m, k, n in shapes]
-    pairs = [(np.asfortranarray(a.T, np.float32), np.asfortranarray(b.T, np.float32)) for a, b in matrices]
+    pairs = [(rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)) for m, k, n in shapes]
 
     def work() -> None:
         for _ in range(10):
             for a, b in pairs:
-                sgemm(1.0, a, b)
+                np.matmul(a, b)  # lets other threads run meanwhile, as SciPy's own sgemm does not
 
     best = 0.0
     with threadpool_limits(1):
@@ -180,7 +182,7 @@ def error() -> None:
 
 
 MEMORY = """
-import resource, sys
+import ctypes, sys
 from benchmarks import peers
 which, seconds = sys.argv[1], float(sys.argv[2])
 reference = peers.transformers_model("tiny")
@@ -195,6 +197,7 @@ call(peers.audio(1))
 wave = peers.audio(seconds)
 def rss():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be had again for nothing
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = rss()
 call(wave)
@@ -232,7 +235,7 @@ def cold() -> None:
         environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
         times = []
         for _ in range(3):
-            done = subprocess.run([sys.executable, "-c", COLD], env=environment, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-c", COLD], env=environment, stdout=subprocess.PIPE, check=True)
             times.append(float(done.stdout))
     print("\n## Cold start: import, load an4, first transcript of 3 s\n")
     print(f"first time, compiling: {times[0]:.0f} s (goal 60); later: {min(times[1:]):.1f} s (goal 2)")
@@ -315,7 +318,8 @@ def plot(path: Path) -> None:
                     stops[name] = f"{seconds} s: {found}"
                 else:
                     lines[name].append((seconds, found))
-        print(f"{seconds} s: " + ", ".join(f"{who} {points[-1]}" for who, points in lines.items()), stops, flush=True)
+        found_now = {who: time for who, points in lines.items() for at, time in points[-1:] if at == seconds}
+        print(f"{seconds} s: " + ", ".join(f"{who} {time:.3f} s" for who, time in found_now.items()), stops, flush=True)
     draw(path, lines, stops)
     print(f"\n{path}: " + "; ".join(f"{name} {points}" for name, points in lines.items()))
     print("; ".join(f"{name} stops at {reason}" for name, reason in stops.items()) or "Nobody stops.")
@@ -345,6 +349,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "plot", []], help="what to measure (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("time-against-length.png"), help="picture of `plot`")
     options = parser.parse_args()
+    if not options.output.parent.is_dir():  # said now, not after fifteen minutes
+        parser.error(f"the picture {str(options.output)!r} is in a folder that does not exist.")
     print(f"# {machine()}")
     for part in options.parts or [*PARTS, "plot"]:
         if part == "plot":
