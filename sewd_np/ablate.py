@@ -44,7 +44,8 @@ def drop_head(layer: int, head: int) -> Edit:
 def drop_c2c(layer: int | None = None) -> Edit:
     """Without content-to-content scores q_i · k_j, in one layer or in all: who sits where no longer matters to both.
 
-    The sum of the three terms is not scaled up for the one that is missing; nor is it below.
+    The sum of the three terms is not scaled up for the one that is missing; nor is it below. A layer that is no
+    whole number is a ``ValueError``, and one that the model lacks is one at the call: so below.
     """
     return _zeros("c2c", layer)
 
@@ -100,7 +101,7 @@ def mirror_positions() -> Edit:
 
 def together(*edits: Edit) -> Edit:
     """Several edits as one, a read-only mapping. Where two change the same point, by whichever patterns, the later one
-    gets what the earlier one returned.
+    gets what the earlier one returned. ``TypeError`` for what is no edit.
     """
     return InOrder(pair for edit in edits for pair in pairs_of(edit))
 
@@ -112,4 +113,5 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _zeros(term: str, layer: int | None) -> Edit:
-    return {f"{ATTENTION.format('*' if layer is None else layer)}.{term}": np.zeros_like}
+    which = "*" if layer is None else _whole("layer", layer)
+    return {f"{ATTENTION.format(which)}.{term}": np.zeros_like}

@@ -58,8 +58,10 @@ def count_parameters(config: SEWDConfig, head: str) -> dict[str, int]:
 def count_multiply_adds(config: SEWDConfig, head: str, samples: int) -> dict[str, int]:
     """Multiply-adds of each part of a forward pass over one recording; formulas in the module's text.
 
-    Raises ``ValueError`` where the recording is shorter than the model's minimum.
+    Raises ``ValueError`` where the recording is shorter than the model's minimum, and for an unknown head.
     """
+    if head not in HEAD_NAMES:
+        raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEAD_NAMES)}.")
     if samples < config.minimum_samples:
         raise ValueError(
             f"{samples} samples are too short for this model; it needs at least {config.minimum_samples} samples."
@@ -101,8 +103,10 @@ def describe(config: SEWDConfig, head: str, seconds: float, sampling_rate: int =
     """A page about a model: rates, parameters per part, multiply-adds for so many seconds, config.
 
     sampling_rate: samples per second, of the model's feature extractor. Raises ``ValueError`` where ``seconds`` is not
-    a length that the model can hear, or beyond ``LONGEST``.
+    a length that the model can hear, or beyond ``LONGEST``, and for an unknown head or a rate that is none.
     """
+    if not 0 < sampling_rate < math.inf:
+        raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be a number above 0, in samples per second.")
     if not 0 < seconds <= LONGEST:  # so is NaN refused
         raise ValueError(f"seconds is {seconds:g}; it must be a number above 0, and {LONGEST:g} at most.")
     samples = round(seconds * sampling_rate)

@@ -235,7 +235,12 @@ class InOrder(Mapping[str, Change]):
 
 
 def pairs_of(edit: Edit) -> Iterable[tuple[str, Change]]:
-    """An edit's patterns and functions, in the order in which they apply."""
+    """An edit's patterns and functions, in the order in which they apply; ``TypeError`` for what is no mapping."""
+    if not isinstance(edit, Mapping):
+        raise TypeError(
+            f"edit is {edit!r}; it must be a dictionary from names of points to functions, "
+            "such as {'*.attention.self.c2p': np.zeros_like}."
+        )
     return edit.pairs if isinstance(edit, InOrder) else edit.items()
 
 
@@ -248,11 +253,6 @@ def resolve_edit(edit: Edit | None, declared: Iterable[str]) -> dict[str, list[C
     changes: dict[str, list[Change]] = {}
     if edit is None:
         return changes
-    if not isinstance(edit, Mapping):
-        raise TypeError(
-            f"edit is {edit!r}; it must be a dictionary from names of points to functions, "
-            "such as {'*.attention.self.c2p': np.zeros_like}."
-        )
     for pattern, change in pairs_of(edit):
         if not isinstance(pattern, str) or not callable(change):
             raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -335,13 +336,21 @@ def test_together_keeps_the_order_of_patterns_that_come_again() -> None:
     "make, said",
     [
         (lambda: ablate.drop_head(0, 1.0), "head is 1.0; it must be a whole number"),
+        (lambda: ablate.drop_c2c("*"), "layer is '*'; it must be a whole number"),
+        (lambda: ablate.uniform_attention(True), "layer is True; it must be a whole number"),
         (lambda: ablate.drop_head("0", 1), "layer is '0'; it must be a whole number"),
         (lambda: ablate.shuffle_positions(-1), "seed is -1; it must be a whole number of at least 0"),
     ],
 )
 def test_ablations_take_whole_numbers(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=re.escape(said)):
         make()
+
+
+def test_what_is_no_edit_cannot_be_put_together() -> None:
+    for other in (None, "a", [("encoder.input", np.zeros_like)]):
+        with pytest.raises(TypeError, match=r"edit is .*; it must be a dictionary from names of points"):
+            ablate.together(other)
 
 
 def test_a_trace_is_a_mapping() -> None:

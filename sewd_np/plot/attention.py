@@ -8,7 +8,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sewd_np.plot.given import attention_maps, check_trace, chosen_head, evidence_of, one_of, point, whole
+from sewd_np.plot.given import (
+    attention_maps,
+    check_trace,
+    chosen_head,
+    evidence_of,
+    number,
+    one_of,
+    point,
+    positive,
+    whole,
+)
 from sewd_np.plot.positions import by_distance
 from sewd_np.plot.sound import Heard, draw_wave, empty_strip, listen, place_labels, write_labels
 from sewd_np.plot.style import (
@@ -52,25 +62,25 @@ def attention(
 
     Raises ``ValueError`` where there is no such layer, head or stretch, or no attention or evidence was kept.
     """
+    step = positive(seconds_per_frame, "seconds_per_frame")
     ((layer, maps_hij),) = attention_maps(out, whole(layer, "layer"), recording).items()
     map_ij = chosen_head(maps_hij, head)
-    seconds = len(map_ij) * seconds_per_frame
-    end = seconds if end is None else min(end, seconds)
-    if not 0 <= start < end:
+    seconds = len(map_ij) * step
+    end = seconds if end is None else min(number(end, "end"), seconds)
+    if not 0 <= number(start, "start") < end:
         raise ValueError(f"the stretch from {start:g} s to {end:g} s is empty; the map covers 0 to {seconds:g} s.")
     if transcript is not None:
-        _check_of_one_recording(transcript, len(map_ij), seconds_per_frame)
-    first, last = int(start / seconds_per_frame), int(np.ceil(end / seconds_per_frame - 1e-9))
-    map_ij, origin = map_ij[first:last, first:last], first * seconds_per_frame
-    bounds = origin, origin + len(map_ij) * seconds_per_frame
-    step = (seconds_per_frame, seconds_per_frame)
+        _check_of_one_recording(transcript, len(map_ij), step)
+    first, last = int(start / step + 1e-9), int(np.ceil(end / step - 1e-9))
+    map_ij, origin = map_ij[first:last, first:last], first * step
+    bounds = origin, origin + len(map_ij) * step
 
     figure: Figure
     if transcript is None:
         figure = new_figure(6.0, 7.2)
         panel = figure.add_subplot()
         panel.set_box_aspect(1)
-        image = draw_map(panel, map_ij, attention_colours(map_ij), step, (origin, origin))
+        image = draw_map(panel, map_ij, attention_colours(map_ij), (step, step), (origin, origin))
         figure.colorbar(image, ax=panel, label="attention probability", fraction=0.04)
     else:
         heard = listen(transcript, *bounds)
@@ -80,7 +90,7 @@ def attention(
                 "recording, and end= cuts what padding added."
             )
         figure, panel, scale = _between_strips(heard)
-        image = draw_map(panel, map_ij, attention_colours(map_ij), step, (origin, origin))
+        image = draw_map(panel, map_ij, attention_colours(map_ij), (step, step), (origin, origin))
         figure.colorbar(image, cax=scale, label="attention probability")
     panel.set(xlabel="key: looked at [s]", ylabel="query: asks [s]")
     where = "" if isinstance(out, np.ndarray) else f"layer {layer}, "
@@ -142,6 +152,7 @@ def heads(
 
     Raises ``ValueError`` where there is no such layer or no attention was kept.
     """
+    seconds_per_frame = positive(seconds_per_frame, "seconds_per_frame")
     found = attention_maps(out, layer, recording)
     layers, count = list(found), max(map(len, found.values()))
     # Whichever there is more of runs across, as long as a tile stays readable.
@@ -218,6 +229,7 @@ def disentangle(
 
     Raises ``ValueError`` where the trace lacks one of the points, or there is no such head.
     """
+    seconds_per_frame = positive(seconds_per_frame, "seconds_per_frame")
     name = f"{LAYER}.{whole(layer, 'layer')}.attention.self"
     pattern = f"{name}.*"
     check_trace(trace, pattern)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sewd_np.plot.given import check_config, check_trace, hidden_states, one_of
+from sewd_np.plot.given import check_config, check_trace, hidden_states, one_of, positive
 from sewd_np.plot.sound import draw_wave, listen
 from sewd_np.plot.style import (
     SECONDS_PER_SQUEEZED_FRAME,
@@ -44,8 +44,8 @@ def features(
     one the transcript's, or 16,000. Each panel has colours of its own scale, for each convolution's channels have a
     range of their own; what it spans is written beside it.
 
-    Raises ``ValueError`` where the trace holds no convolution, or one that the strides do not reach; ``TypeError`` for
-    a config that is none.
+    Raises ``ValueError`` where the trace holds no convolution, or one that the strides do not reach, or ends before the
+    transcript does; ``TypeError`` for a config that is none.
     """
     check_trace(trace, "feature_extractor.conv_layers.*")
     found: dict[int, Array] = {}
@@ -68,7 +68,8 @@ def features(
     sound = transcript is not None
     if sound:
         heard = listen(transcript)
-    rate = sampling_rate or (heard.rate if sound else SAMPLING_RATE)
+    known = heard.rate if sound else SAMPLING_RATE
+    rate = known if sampling_rate is None else positive(sampling_rate, "sampling_rate")
     heights = [0.8] * sound + [0.6] * len(found)
     figure = new_figure(sum(heights) + 0.9)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
@@ -86,6 +87,10 @@ def features(
         panel.set_ylabel(f"conv {i}", rotation=0, ha="right", va="center")
         note = f"{1 / step:g} frames/s\n{len(values)} channels\n{low:.3g} to {high:.3g}".replace("-", "−")
         panel.text(1.01, 0.5, note, transform=panel.transAxes, va="center", fontsize=SMALL)
+    if sound and heard.end > end + 2 * step:  # the convolutions leave less than a frame and a half's worth over
+        raise ValueError(
+            f"the transcript ends at {heard.end:g} s, but the trace at {end:g} s; they must be of one recording."
+        )
     panels[-1].set(xlim=(0, heard.end if sound else end), xlabel="time [s]")
     figure.suptitle("What leaves each convolution")
     return figure
@@ -107,6 +112,7 @@ def similarity(trace: Any, seconds_per_frame: float = SECONDS_PER_SQUEEZED_FRAME
 
     Raises ``ValueError`` where there are no hidden states.
     """
+    seconds_per_frame = positive(seconds_per_frame, "seconds_per_frame")
     states = hidden_states(trace, recording)
     columns = min(len(states), 7)
     rows = -(-len(states) // columns)

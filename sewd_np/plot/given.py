@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,9 +33,10 @@ def point(trace: Any, name: str, pattern: str) -> Array:
     return np.asarray(trace[name], np.float64)
 
 
-def one_of(batch: Array, recording: int) -> Array:
+def one_of(batch: Array, recording: Any) -> Array:
     """One recording of a batch."""
-    if not 0 <= recording < len(batch):
+    recording = whole(recording, "recording")
+    if recording >= len(batch):
         raise ValueError(f"recording {recording} does not exist; the batch has {len(batch)}, counted from 0.")
     return batch[recording]
 
@@ -44,6 +46,21 @@ def whole(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, counted from 0.")
     return int(value)
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not abs(value) < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number.")
+    return float(value)
+
+
+def positive(value: Any, name: str) -> float:
+    """A finite number above 0, such as a frame's length or a sampling rate."""
+    if number(value, name) <= 0:
+        raise ValueError(f"{name} is {value!r}; it must be a number above 0.")
+    return float(value)
 
 
 def chosen_head(maps_hij: Array, head: Any) -> Array:

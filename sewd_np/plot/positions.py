@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sewd_np.attention import relative_index
-from sewd_np.plot.given import attention_maps, check_config, whole
+from sewd_np.plot.given import attention_maps, check_config, positive, whole
 from sewd_np.plot.style import (
     DASHES,
     GREY,
@@ -95,6 +95,7 @@ def bucket_map(config: Any, frames: int, seconds_per_frame: float = SECONDS_PER_
     Raises ``ValueError`` for a model without relative positions or for no frames.
     """
     _check_relative(config)
+    seconds_per_frame = positive(seconds_per_frame, "seconds_per_frame")
     if whole(frames, "frames") < 1:
         raise ValueError("frames is 0; there must be at least one.")
     span = config.position_span
@@ -120,6 +121,7 @@ def position_profile(
 
     Raises ``ValueError`` where there is no such layer or no attention was kept.
     """
+    seconds_per_frame = positive(seconds_per_frame, "seconds_per_frame")
     ((layer, maps_hij),) = attention_maps(trace, whole(layer, "layer"), recording).items()
     frames = maps_hij.shape[-1]
     figure = new_figure(4.2)

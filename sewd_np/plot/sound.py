@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
-from sewd_np.plot.given import evidence_of
+from sewd_np.plot.given import evidence_of, number
 from sewd_np.plot.style import GREY, SMALL, Array, Colours, draw_map, drawn, new_figure, probabilities
 
 WORD_COLOUR = "#0072B2"
@@ -62,13 +62,13 @@ def listen(transcript: Any, start: float = 0.0, end: float | None = None) -> Hea
     """
     evidence = evidence_of(transcript)
     duration = len(evidence.wave_n) / evidence.sampling_rate
-    end = duration if end is None else min(end, duration)
-    if not 0 <= start < end:
+    end = duration if end is None else min(number(end, "end"), duration)
+    if not 0 <= number(start, "start") < end:
         raise ValueError(
             f"the stretch from {start:g} s to {end:g} s is empty or begins before 0; the recording has {duration:g} s."
         )
     step, rate = evidence.seconds_per_frame, evidence.sampling_rate
-    sample, frame = int(start * rate), int(start / step)
+    sample, frame = int(start * rate + 1e-9), int(start / step + 1e-9)
     ids_s = evidence.log_probs_sv.argmax(axis=-1)
     letters, position = [], 0
     for token, run in itertools.groupby(ids_s.tolist()):
