@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(argv)
+    options = _options(argv)
     try:
         code: int = options.run(options)
         sys.stdout.flush()  # while there is still somebody to say that it cannot be written
@@ -65,6 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What cannot be written now cannot be written on exit either: Python would complain again, with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments. A FILE that may be left out may come after the options too, unlike argparse's own."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "file", None) == str(CLIP):
+        options.file = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,12 +137,16 @@ def _count(text: str) -> int:
     return value
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_backend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"{_BACKENDS} (default: {DEFAULT_BACKEND})")
     command.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads of backend numba (default: all cores)"
     )
     command.add_argument("--precision", choices=PRECISIONS, help=f"{_PRECISION} (default: {PRECISIONS[0]})")
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    _add_backend(command)
     command.add_argument(
         "--batch-size",
         type=_count,
@@ -153,10 +168,18 @@ def _add_look(command: argparse.ArgumentParser, target: str, what: str) -> None:
         "file", nargs="?", default=str(CLIP), metavar="FILE", help="recording (default: a bundled clip)"
     )
     command.add_argument("-o", "--output", required=True, type=Path, metavar=target, help=what)
-    command.add_argument("--layer", type=int, metavar="N", help="transformer layer, from 0 (default: the middle one)")
-    command.add_argument("--head", type=int, default=0, metavar="N", help="attention head, from 0 (default: 0)")
+    command.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="transformer layer, from 0, of attention, disentangle and position-profile (default: the middle one) and "
+        "of heads (default: all)",
+    )
+    command.add_argument(
+        "--head", type=int, default=0, metavar="N", help="head, from 0, of attention and disentangle (default: 0)"
+    )
     command.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: {DEFAULT_MODEL})")
-    command.add_argument("--backend", default=DEFAULT_BACKEND, help=f"{_BACKENDS} (default: {DEFAULT_BACKEND})")
+    _add_backend(command)
 
 
 def _transcribe(options: argparse.Namespace) -> int:
@@ -226,7 +249,9 @@ def _look(options: argparse.Namespace, kind: str | None) -> Any:
 
     waiting = _patience(options.backend)
     try:
-        model = sewd_np.load(options.model, backend=options.backend)
+        model = sewd_np.load(
+            options.model, backend=options.backend, threads=options.threads, precision=options.precision
+        )
         return explain.look(model, options.model, options.file, kind, options.layer, options.head)
     finally:
         waiting.cancel()

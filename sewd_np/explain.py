@@ -17,8 +17,9 @@ import numpy as np
 
 from sewd_np import plot
 from sewd_np.page import GENERATOR, KINDS, page
+from sewd_np.plot.given import whole
 from sewd_np.trace import LAYER, Trace, points
-from sewd_np.transcribe import Transcript, hear, load, read_transcript
+from sewd_np.transcribe import Transcript, hear, load, read_labels, read_transcript
 
 if TYPE_CHECKING:
     from sewd_np.model import SEWDModel
@@ -32,14 +33,15 @@ SCRATCH = ".sewd-np-"  # how the folder begins in which files lie until they are
 class Seen:
     """One run over one recording: what the pictures are drawn from.
 
-    kinds: the pictures that can be drawn. layer, head: which one ``attention``, ``disentangle`` and
-    ``position-profile`` show. every_layer: whether ``heads`` shows all. reference: some of the points in float64 by
-    the NumPy definition, for ``compare``.
+    kinds: the pictures that can be drawn. layer, head: which one ``attention`` and ``disentangle`` show; of the layer,
+    ``position-profile`` shows all heads. every_layer: whether ``heads`` shows all. reference: some of the points in
+    float64 by the NumPy definition, for ``compare``.
     """
 
     kinds: tuple[str, ...]
     config: Any
     transcript: Transcript | None
+    label: str | None  # a classifier's likeliest, with its probability
     trace: Trace
     reference: Trace | None
     layer: int
@@ -55,9 +57,11 @@ def look(
 ) -> Seen:
     """Run ``model`` (loaded from ``source``) over a recording and keep what one kind of picture needs, or all (None).
 
-    layer: None is the middle one. Raises ``ValueError`` for a layer or head that the model lacks or a kind that needs
-    another model, and what ``transcribe`` and ``load`` raise.
+    layer: None is the middle one. Raises ``ValueError`` for a layer or head that the model lacks, a kind that is
+    unknown or needs another model, and what ``transcribe`` and ``load`` raise.
     """
+    if kind is not None and kind not in KINDS:
+        raise _unknown(kind)
     config, processor = model.config, model.processor
     if processor is None:
         raise ValueError("the model has no preprocessor_config.json, which says how sound must be prepared for it.")
@@ -67,7 +71,7 @@ def look(
         raise ValueError("this model has no CTC head and vocabulary, so there is no transcript to draw.")
     chosen = config.num_hidden_layers // 2 if layer is None else layer
     for name, value, count in (("layer", chosen, config.num_hidden_layers), ("head", head, config.num_attention_heads)):
-        if not 0 <= value < count:
+        if whole(value, name) >= count:
             raise ValueError(f"{name} {value} does not exist; the model has {count}, counted from 0.")
     wave_n = hear(model, recording)
     rate = processor.feature_extractor.sampling_rate
@@ -78,10 +82,15 @@ def look(
     if "compare" in kinds:
         reference = Trace(*_names(model, ["compare"], chosen))
         load(source, "numpy", np.float64)(inputs.astype(np.float64), trace=reference)
+    label = None
+    if model.head == "classification" and logits is not None:
+        best = read_labels(model, logits[0])[0]
+        label = f"{best.label} ({100 * best.score:.0f} %)"
     return Seen(
         kinds=tuple(kinds),
         config=config,
         transcript=read_transcript(model, wave_n, logits[0], evidence=True) if reads and logits is not None else None,
+        label=label,
         trace=trace,
         reference=reference,
         layer=chosen,
@@ -144,9 +153,13 @@ def figure(seen: Seen, kind: str) -> Any:
         case "bucket-map":
             return plot.bucket_map(seen.config, trace["encoder.encoder.input"].shape[1], step)
         case "compare":
-            names = (f"{seen.backend}, float32", "numpy, float64")
+            names = (f"{seen.backend}, float32" if seen.backend == "numpy" else seen.backend, "numpy, float64")
             return plot.compare({name: trace[name] for name in seen.reference or ()}, seen.reference, names=names)
-    raise ValueError(f"picture {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    raise _unknown(kind)
+
+
+def _unknown(kind: Any) -> ValueError:
+    return ValueError(f"picture {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
 
 
 # ------------------------------------------------------------------------------ files
@@ -215,7 +228,7 @@ def write_page(seen: Seen, folder: Path, heading: str) -> None:
         for kind in kinds:
             figure(seen, kind).savefig(Path(work) / f"{kind}.png", format="png", dpi=120)
         text = None if seen.transcript is None else seen.transcript.text
-        html = page(kinds, heading, text, seen.layer, seen.head)
+        html = page(kinds, heading, text, seen.label, seen.layer, seen.head)
         # A file name need not be UTF-8, and stands in the heading.
         (Path(work) / "index.html").write_text(html, encoding="utf-8", errors="backslashreplace")
         folder.mkdir(exist_ok=True)

@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """A picture: its title, and what it shows in words for somebody who has not seen the model."""
+    """A picture: its title, and what it shows in words for somebody who has not seen the model.
+
+    with_letters: said first where there is a transcript, for then the picture shows it too.
+    """
 
     title: str
     caption: str
+    with_letters: str = ""
 
 
 KINDS = {
@@ -45,10 +49,10 @@ KINDS = {
         "is a moment that all frames look at.",
     ),
     "attention": Kind(
-        "One head, beside the sound",
-        "One of the tiles above, with the sound, and the letters where there are any, along both sides. Pick a moment "
-        "on the left, go right until it is bright, then up: that is the moment it looks at. The colours follow the "
-        "square root of the probability, so that weak attention can be seen too; every row sums to 1.",
+        "One head, from near",
+        "Pick a moment on the left, go right until it is bright, then up: that is the moment it looks at. The colours "
+        "follow the square root of the probability, so that weak attention can be seen too; every row sums to 1.",
+        "One of the tiles above, with the sound and the letters along both sides. ",
     ),
     "disentangle": Kind(
         "Why it looks there",
@@ -84,18 +88,25 @@ KINDS = {
 GENERATOR = '<meta name="generator" content="sewd-np explain">'  # by which an earlier page is known
 
 
-def page(kinds: Sequence[str], heading: str, text: str | None, layer: int, head: int) -> str:
+def page(kinds: Sequence[str], heading: str, text: str | None, label: str | None, layer: int, head: int) -> str:
     """The HTML of the page, with a picture ``KIND.png`` beside it for each kind; nothing is loaded from elsewhere.
 
-    heading: names the recording and the model. text: the transcript, None where there is none. layer, head: those that
-    pictures of a single head show.
+    heading: names the recording and the model. text: the transcript, None where there is none. label: a classifier's
+    likeliest one, else None. layer, head: those that pictures of a single head show.
     """
-    said = "" if text is None else f"<p>The model heard: <strong>{html.escape(text) or 'nothing'}</strong></p>"
+    heard = text if label is None else label
+    said = "" if heard is None else f"<p>The model heard: <strong>{html.escape(heard) or 'nothing'}</strong></p>"
     which = f"layer {layer}, head {head}"
-    ending = "" if text is None else ", and a last layer gives each frame a probability for every letter"
+    ending = ""
+    if text is not None:
+        ending = ", and a last layer gives each frame a probability for every letter"
+    elif label is not None:
+        ending = ", and a last layer gives their mean a probability for every label"
     sections = []
     for kind in kinds:
-        title, caption = KINDS[kind]
+        title, caption, with_letters = KINDS[kind]
+        if text is not None:
+            caption = with_letters + caption
         if kind in ("attention", "disentangle"):
             title += f": {which}"
         sections.append(
@@ -130,7 +141,7 @@ section p {{ max-width: 46rem; }}
 <body>
 <h1>{heading}</h1>
 {text}
-<p>These pictures follow the recording through SEW-D, a speech model: convolutions turn the sound into frames, and a
+<p>These pictures follow the recording through SEW-D, a speech model: convolutions turn the sound into frames, a
 transformer lets the frames look at each other{ending}.
 Layers and heads count from 0; where a picture shows only one, it is {which}.</p>
 {sections}

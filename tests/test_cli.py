@@ -353,6 +353,16 @@ def test_multiply_adds_of_the_tiny_model() -> None:
     assert round(2 * table / 1e9, 1) == 3.6
 
 
+def test_counting_refuses_what_cannot_be() -> None:
+    config = SEWDConfig(**TINY)
+    with pytest.raises(ValueError, match="head is 'x'; it must be one of model, ctc, classification"):
+        info.count_multiply_adds(config, "x", 16_000)
+    with pytest.raises(ValueError, match="head is 'x'"):
+        info.describe(config, "x", 1)
+    with pytest.raises(ValueError, match="sampling_rate is 0; it must be a number above 0"):
+        info.describe(config, "ctc", 1, 0)
+
+
 def test_a_slow_first_run_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def slowly(path: str, **options: object) -> sewd_np.Transcript:
         time.sleep(0.3)

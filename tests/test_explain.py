@@ -93,7 +93,7 @@ def test_other_formats(ending: str, start: bytes, small: str, tmp_path: Path) ->
         (["heads", "-o", "a.jpg"], "'.jpg'; it must end in .pdf, .png, .svg"),
         (["heads", "-o", "nowhere/a.png"], "is in a folder that does not exist"),
         (["heads", "-o", "a.png", "--layer", "2"], "layer 2 does not exist; the model has 2"),
-        (["heads", "-o", "a.png", "--head", "-1"], "head -1 does not exist; the model has 2"),
+        (["heads", "-o", "a.png", "--head", "-1"], "head is -1; it must be a whole number"),
     ],
 )
 def test_mistakes_leave_no_file(
@@ -128,7 +128,22 @@ def test_a_model_without_letters(tmp_path: Path, noise: str, capsys: Captured) -
     assert cli.main(["explain", noise, "-o", str(tmp_path / "page"), "--model", str(folder)]) == 0
     drawn = {path.stem for path in (tmp_path / "page").iterdir()}
     assert drawn == {"index", *KINDS} - {"transcript"}
-    assert "for every letter" not in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "for every letter" not in text and "the letters along both sides" not in text
+    assert "for every label" in text and "<p>The model heard: <strong>" in text
+
+
+def test_the_recording_may_stand_last(small: str, noise: str, tmp_path: Path) -> None:
+    pictures = []
+    for name, order in (("a.png", [noise, "-o"]), ("b.png", ["-o", noise])):
+        path = str(tmp_path / name)
+        arguments = [path if item == "-o" else item for item in order]
+        arguments.insert(arguments.index(path), "-o")
+        assert cli.main(["plot", "similarity", *arguments, "--model", small]) == 0
+        pictures.append(Path(path).read_bytes())
+    assert pictures[0] == pictures[1]
+    with pytest.raises(SystemExit):
+        cli.main(["plot", "similarity", noise, "-o", str(tmp_path / "c.png"), noise])
 
 
 def test_without_matplotlib_one_line_names_the_extra(tmp_path: Path) -> None:
@@ -236,6 +251,7 @@ def test_a_recording_that_cannot_be_used_makes_no_folder(small: str, tmp_path: P
 
 
 def test_a_page_escapes_what_was_heard() -> None:
-    text = page(["heads"], "a", "<unk> & more", 0, 0)
+    text = page(["heads"], "a", "<unk> & more", None, 0, 0)
     assert "&lt;unk&gt; &amp; more" in text
-    assert "nothing" in page(["heads"], "a", "", 0, 0) and "The model heard" not in page(["heads"], "a", None, 0, 0)
+    assert "nothing" in page(["heads"], "a", "", None, 0, 0)
+    assert "The model heard" not in page(["heads"], "a", None, None, 0, 0)
