@@ -1,4 +1,4 @@
-"""Make a spoken clip with flite, as the bundled one was made.
+"""Make a spoken clip with flite, as the bundled ones were made.
 
     python examples/make_clip.py "enter six two four" enter-six-two-four.flac
 
@@ -9,7 +9,9 @@ text give the same samples.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,8 @@ def make_clip(text: str, path: Path, voice: str, stretch: float) -> None:
 
     ``stretch`` multiplies every duration; the format follows the path's ending (.flac, .wav).
     """
+    if shutil.which("flite") is None:
+        sys.exit("flite is not installed; try: apt-get install flite.")
     with tempfile.TemporaryDirectory() as folder:
         wave = Path(folder, "clip.wav")
         command = ["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}", "-t", text, "-o", str(wave)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
 
 from sewd_np.cpu_compiling import EACH_TIME, ONCE
@@ -29,6 +29,7 @@ FOLDER = Path(__file__).parent
 KERNEL = "python3"  # of the interpreter that runs this file
 SMALL_PICTURE = 150_000  # bytes; up to here a picture stays as it was drawn
 SECONDS_A_CELL = 300  # a cell that takes longer hangs; compiling kernels takes a minute
+FAILED = (CellExecutionError, CellTimeoutError, DeadKernelError)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL},
     "language_info": {"name": "python"},
@@ -36,7 +37,7 @@ METADATA = {
 
 
 def executed(path: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs; ``CellExecutionError`` where a cell fails."""
+    """The notebook with its outputs; an error of ``FAILED`` where a cell fails, hangs or takes its kernel with it."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -84,15 +85,17 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="how their file names begin (default: all)")
     parser.add_argument("--write", action="store_true", help="write the outputs into the files")
     options = parser.parse_args()
-    paths = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(options.names or [""]))]
-    if not paths:
-        print(f"no notebook begins with {' or '.join(options.names)}; see {FOLDER}.", file=sys.stderr)
-        return 2
+    paths = sorted(FOLDER.glob("*.ipynb"))
+    for name in options.names:
+        if not any(path.name.startswith(name) for path in paths):
+            print(f"no notebook begins with {name}; see {FOLDER}.", file=sys.stderr)
+            return 2
+    paths = [path for path in paths if path.name.startswith(tuple(options.names or [""]))]
     for path in paths:
         start = time.perf_counter()
         try:
             notebook = executed(path)
-        except CellExecutionError as error:
+        except FAILED as error:
             print(f"{path.name}: {error}", file=sys.stderr)
             return 1
         if options.write:
