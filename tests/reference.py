@@ -108,6 +108,12 @@ def wave(batch: int, samples: int, dtype: torch.dtype = torch.float64, seed: int
     return torch.randn(batch, samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def arrays_of(out: sewd_np.SEWDOutput) -> list[np.ndarray]:
+    """All arrays of an output that are there."""
+    optional = [array for array in (out.last_hidden_state, out.logits) if array is not None]
+    return [*optional, *(out.hidden_states or ()), *(out.attentions or ())]
+
+
 def mask_of(lengths: list[int], samples: int) -> torch.Tensor:
     return (torch.arange(samples)[None, :] < torch.tensor(lengths)[:, None]).long()
 

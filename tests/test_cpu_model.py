@@ -45,6 +45,7 @@ from sewd_np.model import SEWDOutput
 from sewd_np.params import random_params
 from sewd_np.trace import Trace, compare, error_between, points, shapes
 from tests import reference
+from tests.reference import arrays_of
 
 Array = np.ndarray
 CLASSES: dict[str, Any] = {"model": SEWDModel, "ctc": SEWDForCTC, "classification": SEWDForSequenceClassification}
@@ -83,11 +84,6 @@ def waves(batch: int, samples: int, seed: int = 0) -> Array:
 
 def mask_of(lengths: list[int]) -> Array:
     return (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
-
-
-def arrays_of(out: SEWDOutput) -> list[Array]:
-    optional = [array for array in (out.last_hidden_state, out.logits) if array is not None]
-    return [*optional, *(out.hidden_states or ()), *(out.attentions or ())]
 
 
 def assert_same(ours: SEWDOutput, theirs: SEWDOutput) -> None:

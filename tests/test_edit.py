@@ -13,10 +13,9 @@ import pytest
 import sewd_np
 from sewd_np import ablate, backend, inputs, memory
 from sewd_np.config import SEWDConfig
-from sewd_np.model import SEWDOutput
 from sewd_np.params import random_params
 from sewd_np.trace import Trace, error_between, points
-from tests.reference import CLASSES, TINY
+from tests.reference import CLASSES, TINY, arrays_of
 
 Array = np.ndarray
 NUMPY = backend.NUMPY
@@ -55,10 +54,6 @@ def wave(batch: int = 2, samples: int = 90) -> Array:
 
 def mask_of(*lengths: int) -> Array:
     return (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
-
-
-def arrays_of(out: SEWDOutput) -> list[Array]:
-    return [array for array in (out.last_hidden_state, out.logits) if array is not None]
 
 
 def noise(value: Array) -> Array:

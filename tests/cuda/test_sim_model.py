@@ -214,7 +214,7 @@ def test_every_option(case: str, device: Device) -> None:
     numpy, gpu = pair(case, device)
     wave_bn = waves(numpy, 2, 9)
     mask = mask_for(wave_bn, [wave_bn.shape[1], wave_bn.shape[1] - 4 * numpy.config.inputs_to_logits_ratio])
-    assert_close(gpu(wave_bn, mask), numpy(wave_bn, mask))
+    assert_close(*(model(wave_bn, mask, output_hidden_states=True) for model in (gpu, numpy)))
     mine, definition = Trace(), Trace()
     explicit = gpu(wave_bn[:1], output_hidden_states=True, output_attentions=True, trace=mine)
     want = numpy(wave_bn[:1], output_hidden_states=True, output_attentions=True, trace=definition)
@@ -233,7 +233,7 @@ def test_as_launched_on_a_gpu(padding: Any, device: Device) -> None:
     numpy, gpu = pair("published", device)
     wave_bn = waves(numpy, 2, 13)
     mask = mask_for(wave_bn, [wave_bn.shape[1] - 5 * numpy.config.inputs_to_logits_ratio, wave_bn.shape[1]])
-    assert_close(gpu(wave_bn, mask, padding=padding), numpy(wave_bn, mask, padding=padding))
+    assert_close(*(model(wave_bn, mask, padding=padding, output_hidden_states=True) for model in (gpu, numpy)))
 
 
 @pytest.mark.usefixtures("small_tiles")
