@@ -17,7 +17,7 @@ arXiv 2109.06870. Reference: transformers 5.23, ``modeling_sew_d.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -33,8 +33,9 @@ from sewd_np.inputs import (
     checked_trace,
     require_score_memory,
 )
+from sewd_np.outputs import SEWDOutput, stack_outputs, stack_traces
 from sewd_np.params import Attention, Layer, Weights, normalize_positions, project_positions
-from sewd_np.trace import Change, Edit, Trace, any_inside, changed, points, resolve_edit, shapes
+from sewd_np.trace import Change, Edit, Trace, any_inside, changed, points, resolve_edit
 
 if TYPE_CHECKING:
     from sewd_np.backend import Operations
@@ -42,23 +43,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 CONV_NORM_EPS = 1e-5  # GroupNorm and layer-mode norms of the feature encoder: torch's default, in no config
-
-
-@dataclass(frozen=True)
-class SEWDOutput:
-    """What a model call returns; NumPy arrays on every backend, None where not asked for or not applicable.
-
-    last_hidden_state (b, s, d) at 50 frames a second, from a model with a head only with ``output_hidden_states`` (it
-    is many times the logits, which are all that should have to leave a GPU); logits (b, s, v) for CTC, (b, labels) for
-    classification; loss a number, or (b,) with reduction "none"; hidden_states L + 1 arrays (b, t, d) at 25 frames a
-    second, the first one what enters layer 0; attentions L arrays (b, h, t, t).
-    """
-
-    last_hidden_state: Array | None = None
-    logits: Array | None = None
-    loss: float | Array | None = None
-    hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None
 
 
 # ---------------------------------------------------------------------- one forward pass
@@ -350,50 +334,20 @@ def _each_alone(
     edit: Edit | None,
 ) -> SEWDOutput:
     """Run every recording by itself and stack what comes out; what lies after a recording's end is 0 here."""
-    outputs, traces = [], []
+    config, head, samples = model.config, model.head, wave_bn.shape[1]
+    outputs: list[SEWDOutput] = []
+    traces: list[Mapping[str, Array]] = []
     for b, length in enumerate(lengths_b):
         own_trace = None if trace is None else Trace(*trace.patterns)
-        mask = None if mask_bs is None else mask_bs[b : b + 1, : model.config.frames(int(length))]
+        mask = None if mask_bs is None else mask_bs[b : b + 1, : config.frames(int(length))]
         wave = wave_bn[b : b + 1, :length]
         outputs.append(
             _forward(model, wave, None, output_hidden_states, output_attentions, mask, own_trace, edit, "transformers")
         )
-        traces.append(own_trace)
-    batch, samples = wave_bn.shape
-    s = model.config.frames(samples)
-    t = model.config.squeezed(s)
+        traces.append(own_trace or {})
     if trace is not None:
-        full = shapes(model.config, model.head, batch, samples)
-        for name, dims in trace.dims.items():
-            values = [own[name] for own in traces if own is not None]
-            trace.record(name, _stacked(values, full[name]) if dims.startswith("b") else values[0])
-    size, heads, depth = model.config.hidden_size, model.config.num_attention_heads, model.config.num_hidden_layers
-    hidden = [out.last_hidden_state for out in outputs if out.last_hidden_state is not None]
-    logits = [out.logits for out in outputs if out.logits is not None]
-    return SEWDOutput(
-        last_hidden_state=_stacked(hidden, (batch, s, size)) if hidden else None,
-        logits=_stacked(logits, (batch, *([s] if model.head == "ctc" else []), logits[0].shape[-1]))
-        if logits
-        else None,
-        hidden_states=tuple(
-            _stacked([(out.hidden_states or ())[i] for out in outputs], (batch, t, size)) for i in range(depth + 1)
-        )
-        if output_hidden_states
-        else None,
-        attentions=tuple(
-            _stacked([(out.attentions or ())[i] for out in outputs], (batch, heads, t, t)) for i in range(depth)
-        )
-        if output_attentions
-        else None,
-    )
-
-
-def _stacked(arrays: list[Array], shape: tuple[int, ...]) -> Array:
-    """Arrays (1, ...) below each other in zeros of ``shape`` (b, ...)."""
-    out = np.zeros(shape, arrays[0].dtype)
-    for row, array in zip(out, arrays, strict=True):
-        row[tuple(slice(size) for size in array.shape[1:])] = array[0]
-    return out
+        stack_traces(trace, traces, config, head, samples)
+    return stack_outputs(outputs, config, head, samples)
 
 
 # ------------------------------------------------------------------------------ the models

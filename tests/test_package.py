@@ -79,7 +79,7 @@ def test_kernel_rooms_are_imported_by_backend_alone() -> None:
 
 def test_model_is_composition_only() -> None:
     # checkpoint stands behind from_pretrained and save_pretrained; operations come as an argument.
-    assert rooms_imported("model") <= {"config", "inputs", "params", "losses", "trace", "checkpoint"}
+    assert rooms_imported("model") <= {"config", "inputs", "outputs", "params", "losses", "trace", "checkpoint"}
 
 
 def test_pictures_are_drawn_from_plain_arrays() -> None:
