@@ -16,6 +16,11 @@ from training_data import Array, normalize
 from transformers.models.sew_d.modeling_sew_d import make_log_bucket_position
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 are quick: a processor without instructions for them is ten times slower at them."""
+    return device != "cpu" or bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 def lower(model: Any, wave: Array, frozen: int) -> Any:
     """What the first ``frozen`` convolutions give for one recording: (s, c) bfloat16.
 

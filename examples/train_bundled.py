@@ -5,8 +5,8 @@
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
 1. *Data* (``training_data.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices, hours of
-   text-to-speech, AN4's words put together anew; each clip at another speed and tempo, from another vocal tract, in
-   another room, over another line, in other noise, every time.
+   text-to-speech, AN4's words put together anew, half of them as spelled names; each clip at another speed and tempo,
+   from another vocal tract, in another room, over another line, in other noise, every time.
 2. *Warm the front end.* From random weights the CTC loss stays on a plateau where the model emits nothing. The 13
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.
@@ -15,7 +15,8 @@ transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. Wh
    seen twice at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC). The
    lower convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept,
    for several steps, in a store of some hours that is renewed all the time (``fast_twin.py``). Muon moves the matrices.
-4. *Choose.* Every few minutes the average of the last checkpoints is tried on the dev speakers; the best is kept.
+4. *Choose.* Every few minutes the average of the last checkpoints, with ``--init`` a third of the way back to the
+   first, is tried on the dev speakers; the best is kept.
 5. *Export* to float16 safetensors and a model card, and check that sewd_np gives the same text as PyTorch.
 
 It may be stopped at any time and goes on from its last checkpoint when started again with the same ``--out``.
@@ -44,8 +45,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bundle import check_twin, conditions, export
-from fast_twin import lower, onward, upper
+from fast_twin import has_bfloat16, lower, onward, upper
 from hearing import encode, word_error_rate, words_by_speaker
+from muon import Muon
 from training_data import (
     FRAME,
     RATE,
@@ -58,6 +60,7 @@ from training_data import (
     read_corpus,
     recombine,
     synthesize,
+    whole,
 )
 from transformers import SEWDConfig, SEWDForCTC
 
@@ -76,9 +79,11 @@ STORE_HOURS = 4.0
 PEAK_RATE = 7e-4
 TRAINED_CONVOLUTIONS = 0.6  # of the course; from there on only the upper two are
 MUON_FACTOR = 2.5  # its learning rate by AdamW's
+KEPT = 0.35  # share of the checkpoint of --init in what is tried and exported
+SPELLED = 0.5  # of the clips put together from words, those that spell a name
 # Share of the sound that comes from each source, at the start and at the end.
 MIXTURE = {
-    "an4": (0.24, 0.46), "recombined": (0.20, 0.36), "spoken": (0.03, 0.03), "librispeech": (0.50, 0.12),
+    "an4": (0.26, 0.44), "recombined": (0.28, 0.40), "spoken": (0.03, 0.03), "librispeech": (0.40, 0.10),
     "noise": (0.03, 0.03),
 }  # fmt: skip
 
@@ -121,7 +126,7 @@ class Sources:
         if source == "noise":
             return noise_clip(self.rng)
         if source == "recombined":
-            return recombine(self.words[int(self.rng.integers(len(self.words)))], self.rng)
+            return recombine(self.words[int(self.rng.integers(len(self.words)))], self.rng, SPELLED)
         return self.clips[source][int(self.rng.integers(len(self.clips[source])))]
 
     def draw(self, seconds: float, progress: float = 0.0, longest: float = 18.0) -> list[tuple[Array, str]]:
@@ -216,9 +221,11 @@ def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool:
 
     CTC at the top, with less weight after the middle layer through the same head, and how far both views differ.
     """
-    batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True).to(pool.device)
+    batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True).to(
+        pool.device, pool.dtype
+    )
     frames = torch.tensor([count // 2 * 2 for _, _, count in clips])  # an odd last one is squeezed away
-    with torch.autocast(pool.device.type, torch.bfloat16):
+    with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.dtype == torch.bfloat16):
         top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, views=2)
     texts = [text for _, text, _ in clips] * 2
     loss = ctc(top, frames.repeat(2), texts)
@@ -226,16 +233,14 @@ def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool:
     return loss + 0.4 * ctc(middle, frames.repeat(2), texts) + CONSISTENCY * differ, loss.item()
 
 
-def optimizers_for(model: Any) -> list[Any]:
-    """Muon for the matrices between layers, which learns from fewer steps, and AdamW for all else."""
+def optimizers_for(model: Any, dtype: Any = torch.float32) -> list[Any]:
+    """Muon, in ``dtype``, for the matrices between layers, which learns from fewer steps, and AdamW for all else."""
     matrices: list[Any] = []
     rest: list[Any] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and "rel_embeddings" not in name and "lm_head" not in name
         (matrices if matrix else rest).append(parameter)
-    muon = torch.optim.Muon(
-        matrices, PEAK_RATE, weight_decay=0.05, momentum=0.95, ns_steps=4, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(matrices, PEAK_RATE, weight_decay=0.05, momentum=0.95, dtype=dtype)
     return [muon, torch.optim.AdamW(rest, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)]
 
 
@@ -261,15 +266,28 @@ def average(snapshots: Any) -> dict[str, Any]:
     return {name: sum(s[name] for s in snapshots) / len(snapshots) for name in snapshots[0]}
 
 
+def candidate(snapshots: Any, initial: dict[str, Any] | None) -> dict[str, Any]:
+    """What is tried and perhaps kept: the mean of the last checkpoints and, in part, of the one that all began with.
+
+    Between two models of which one came from the other the loss is lower than at either (arXiv 2109.01903).
+    """
+    mean = average(snapshots)
+    if initial is None:
+        return mean
+    return {name: (1 - KEPT) * value + KEPT * initial[name] for name, value in mean.items()}
+
+
 def copied(model: Any) -> dict[str, Any]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Namespace, device: str) -> None:
     """Train until ``options.minutes`` of training are over; leaves best.pt, state.pt and curve.png in the folder."""
-    optimizers = optimizers_for(model)
-    pool = ((torch.rand(1 << 22) >= DROPOUT) / (1 - DROPOUT)).to(device, torch.bfloat16)
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    optimizers = optimizers_for(model, dtype)
+    pool = ((torch.rand(1 << 22) >= DROPOUT) / (1 - DROPOUT)).to(device, dtype)
     state_file, best_file, words_file = (options.out / f"{name}.pt" for name in ("state", "best", "words"))
+    initial = {name: value.cpu() for name, value in copied(model).items()} if options.init else None
     history: list[dict[str, float]] = []
     snapshots: deque[dict[str, Any]] = deque(maxlen=8)
     losses: list[float] = []
@@ -289,14 +307,16 @@ def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Names
         progress = min(elapsed / limit, 1.0)
         if elapsed - evaluated > min(300, limit / 15) or progress == 1:
             evaluated, now = elapsed, copied(model)
-            model.load_state_dict(average(snapshots) if snapshots else now)
+            model.load_state_dict(candidate(snapshots, initial) if snapshots else now)
             wer = word_error_rate(model, dev)
             if wer < min((row["wer"] for row in history), default=2.0) and RANK == 0:
-                torch.save(model.state_dict(), best_file)
+                with whole(best_file) as part:
+                    torch.save(model.state_dict(), part)
             if wer < 0.6 and progress - aligned > 0.3:
                 sources.words, aligned = words_by_speaker(model, sources.clips["an4"]), progress
                 if RANK == 0:
-                    torch.save(sources.words, words_file)
+                    with whole(words_file) as part:
+                        torch.save(sources.words, part)
                 print(f"{sum(map(len, sources.words))} words cut from AN4", flush=True)
             model.load_state_dict(now)
             mean = float(np.mean(losses)) if losses else float("nan")
@@ -306,8 +326,8 @@ def train(model: Any, sources: Sources, dev: list[Clip], options: argparse.Names
             if RANK == 0:
                 state = {"model": now, "optimizers": [o.state_dict() for o in optimizers], "history": history}
                 state |= {"elapsed": elapsed, "step": step, "snapshots": snapshots}
-                torch.save(state, state_file.with_suffix(".new"))
-                state_file.with_suffix(".new").replace(state_file)
+                with whole(state_file) as part:
+                    torch.save(state, part)
                 draw_curve(history, options.out / "curve.png")
         if progress == 1:
             break

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fast_twin import block, position_rows
+from fast_twin import block, has_bfloat16, position_rows
 from hearing import words_by_speaker
 from safetensors.torch import save_file
 from training_data import (
@@ -126,6 +126,7 @@ def train(model: Any, batches: Sequence[tuple[Any, Any]], epochs: int, rng: np.r
         part.requires_grad_(True)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, PEAK_RATE, weight_decay=0.05, fused=True)
+    quick = has_bfloat16("cpu")
     order = np.concatenate([rng.permutation(len(batches)) for _ in range(epochs)])
     losses = []
     for step, index in enumerate(order):
@@ -133,8 +134,8 @@ def train(model: Any, batches: Sequence[tuple[Any, Any]], epochs: int, rng: np.r
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, step / 100) * 0.5 * (1 + np.cos(np.pi * progress))
         x, labels = batches[index]
         kept = torch.rand(len(x), 1, x.shape[2]) > 0.1  # some of the lower layers' channels are not heard, clip by clip
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = above(model, x * kept, lambda y: torch.nn.functional.dropout(y, 0.1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick):
+            logits = above(model, (x if quick else x.float()) * kept, lambda y: torch.nn.functional.dropout(y, 0.1))
         loss: Any = torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.05)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)

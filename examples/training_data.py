@@ -10,7 +10,8 @@ import csv
 import itertools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 from scipy import fft
+from spelled_names import NAMES
 
 Array = np.ndarray
 RATE = 16_000
@@ -49,6 +51,14 @@ class Clip:
 
     def wave(self) -> Array:
         return self.samples.astype(np.float32) / 32768
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what ``path`` is to hold: it is there once all of it is, however a training ends."""
+    part = path.with_name(f"{path.name}.new")
+    yield part
+    part.replace(path)
 
 
 def as_samples(wave: Array) -> Array:
@@ -124,7 +134,8 @@ def synthesize(count: int, folder: Path, seed: int, texts: Sequence[str] = ()) -
         (folder / "spoken.wav").unlink()
         waves, spoken, voices = zip(*[pair for pair in pairs if len(pair[0]) > RATE // 5], strict=True)
         ends = np.cumsum([len(wave) for wave in waves])
-        np.savez(store, samples=np.concatenate(waves), ends=ends, texts=np.array(spoken), voices=np.array(voices))
+        with whole(store) as part, part.open("wb") as file:
+            np.savez(file, samples=np.concatenate(waves), ends=ends, texts=np.array(spoken), voices=np.array(voices))
     kept = np.load(store)
     waves = np.split(kept["samples"], kept["ends"][:-1])
     return [Clip(w, str(t), str(v)) for w, t, v in zip(waves, kept["texts"], kept["voices"], strict=True)]
@@ -199,12 +210,21 @@ def cut_words(wave: Array, text: str, spans: Sequence[tuple[float, float]]) -> l
     return [(word, wave[a:b]) for word, a, b in zip(text.split(), edges, edges[1:], strict=False) if b - a > 800]
 
 
-def recombine(words: Sequence[tuple[str, Array]], rng: np.random.Generator) -> Clip:
-    """One to eight words of one speaker in a new order, with the joints faded over 10 ms.
+def recombine(words: Sequence[tuple[str, Array]], rng: np.random.Generator, spelled: float = 0.0) -> Clip:
+    """Words of one speaker in a new order, with the joints faded over 10 ms: one to eight of them, or a spelled name.
 
-    What is said becomes unpredictable, so that a small corpus does not teach its own sentences by heart.
+    What is said becomes unpredictable, so that a small corpus does not teach its own sentences by heart. With chance
+    ``spelled`` it is a name instead, as far as the speaker's letters go: in what order letters come can be learned.
     """
     chosen = [words[int(i)] for i in rng.integers(len(words), size=rng.integers(1, 9))]
+    if rng.random() < spelled:
+        takes: dict[str, list[Array]] = {}
+        for word, wave in words:
+            takes.setdefault(word, []).append(wave)
+        possible = [name for name in NAMES if takes.keys() >= set(name)]
+        if possible:
+            letters = str(rng.choice(possible))
+            chosen = [(letter, takes[letter][int(rng.integers(len(takes[letter])))]) for letter in letters]
     fade = np.linspace(0, 1, 160, dtype=np.float32)
     pieces = []
     for _, wave in chosen:
@@ -383,13 +403,3 @@ def log_mel(wave: Array, bands: int = 64) -> Array:
 def normalize(wave: Array) -> Array:
     """Zero mean, unit variance: what the model's processor does to each recording."""
     return np.asarray((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), np.float32)
-
-
-def padded(waves: Iterable[Array]) -> tuple[Array, Array]:
-    """Recordings side by side, zeros behind the shorter ones: (b, n) and their lengths (b,)."""
-    waves = list(waves)
-    lengths = np.array([len(wave) for wave in waves])
-    out = np.zeros((len(waves), lengths.max()), np.float32)
-    for row, wave in zip(out, waves, strict=True):
-        row[: len(wave)] = wave
-    return out, lengths

@@ -17,6 +17,7 @@ from tests.reference import SMALL, build
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import fast_twin as twin
 import hearing
+import muon
 import train_bundled as script
 import train_keywords as keywords
 import training_data as data
@@ -73,6 +74,28 @@ def test_recombined_words_say_what_the_text_says() -> None:
         assert 1 <= len(said) <= 8
         assert len(clip.samples) == sum(len(dict(words)[word]) for word in said)
     assert len({data.recombine(words, RNG(seed)).text for seed in range(20)}) > 10
+
+
+def test_names_are_spelled_as_far_as_a_speakers_letters_go() -> None:
+    words = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLI")]
+    names = {name for name in data.NAMES if set(name) <= set("ANERTOLI")}
+    said = {data.recombine(words, RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
+    assert len(said) > 10 and said <= names
+    assert all(name.isalpha() and name.isupper() for name in data.NAMES)
+    only_z = [("Z", np.full(1000, 0.1, np.float32))]  # no name can be spelled: words in any order
+    assert set(data.recombine(only_z, RNG(0), spelled=1.0).text.split()) == {"Z"}
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), data.whole(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    with data.whole(path) as part:
+        part.write_text("after")
+    assert path.read_text() == "after" and [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_noise_has_the_ratio_asked_for() -> None:
@@ -300,6 +323,26 @@ def test_processes_share_their_gradients_and_their_clock(tmp_path: Path) -> None
         assert all((gradient == 1.5).all() for gradient in gradients)
 
 
+def test_muon_is_pytorchs_but_for_the_rounding() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in [(16, 16), (16, 16), (40, 16), (16, 24)]]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    unused = torch.nn.Parameter(torch.ones(3, 3))
+    optimizers = (
+        muon.Muon([*ours, unused], 0.01, weight_decay=0.05, momentum=0.95, dtype=torch.float32),
+        torch.optim.Muon(theirs, 0.01, weight_decay=0.05, ns_steps=muon.STEPS, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, before in zip(ours, theirs, start, strict=True):
+        assert (one - other).norm() < 0.02 * (other - before).norm()  # PyTorch's computes in bfloat16
+    assert (unused == 1).all()
+
+
 def test_a_pause_counts_as_ten_seconds() -> None:
     assert script.shared_mean([], 0.5) == 0.5
     assert script.shared_mean([], 3600.0) == 10.0
@@ -314,6 +357,13 @@ def test_the_classifier_in_two_halves_is_the_whole_one(samples: int) -> None:
         expected = hf(torch.from_numpy(np.stack([data.normalize(wave) for wave in waves]))).logits
         given = keywords.above(hf, keywords.below(hf, waves))
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_lies_between_the_last_checkpoints_and_the_first() -> None:
+    snapshots = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}]
+    torch.testing.assert_close(script.candidate(snapshots, None)["w"], torch.tensor([2.0, 2.0]))
+    back = script.candidate(snapshots, {"w": torch.zeros(2)})["w"]
+    torch.testing.assert_close(back, torch.full((2,), 2 * (1 - script.KEPT)))
 
 
 def test_learning_rate_rises_and_falls() -> None:
