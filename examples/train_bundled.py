@@ -221,9 +221,8 @@ def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool:
 
     CTC at the top, with less weight after the middle layer through the same head, and how far both views differ.
     """
-    batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True).to(
-        pool.device, pool.dtype
-    )
+    batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True)
+    batch = batch.to(pool.device, pool.dtype)
     frames = torch.tensor([count // 2 * 2 for _, _, count in clips])  # an odd last one is squeezed away
     with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.dtype == torch.bfloat16):
         top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, views=2)
@@ -233,7 +232,7 @@ def train_step(model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool:
     return loss + 0.4 * ctc(middle, frames.repeat(2), texts) + CONSISTENCY * differ, loss.item()
 
 
-def optimizers_for(model: Any, dtype: Any = torch.float32) -> list[Any]:
+def optimizers_for(model: Any, dtype: Any) -> list[Any]:
     """Muon, in ``dtype``, for the matrices between layers, which learns from fewer steps, and AdamW for all else."""
     matrices: list[Any] = []
     rest: list[Any] = []
