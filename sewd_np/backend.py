@@ -46,12 +46,12 @@ class Operations:
     relative_index: Callable[..., Any]
     disentangled_attention: Callable[..., Any]
     attention_bytes: Callable[..., int]
-    conv_residual: Callable[..., Any]
     upsample: Callable[..., Any]
+    conv1d: Callable[..., Any]
+    activate_add_norm: Callable[..., Any]
     weighted_layer_sum: Callable[..., Any]
     mean_over_time: Callable[..., Any]
 
-    conv1d: Callable[..., Any]
     normalize: Callable[..., Any]
     activate: Callable[..., Any]
     positional_conv: Callable[..., Any]
@@ -65,7 +65,6 @@ class Operations:
     add_scores: Callable[..., Any]
     masked_softmax: Callable[..., Any]
     context: Callable[..., Any]
-    finish_conv_residual: Callable[..., Any]
     add_norm: Callable[..., Any]
     unsqueeze: Callable[..., Any]
 
@@ -104,11 +103,11 @@ NUMPY = Operations(
     relative_index=attention.relative_index,
     disentangled_attention=attention.disentangled_attention,
     attention_bytes=attention.attention_bytes,
-    conv_residual=layers.conv_residual,
     upsample=layers.upsample,
+    conv1d=layers.conv1d,
+    activate_add_norm=layers.activate_add_norm,
     weighted_layer_sum=layers.weighted_layer_sum,
     mean_over_time=layers.mean_over_time,
-    conv1d=layers.conv1d,
     normalize=layers.normalize,
     activate=layers.activate,
     positional_conv=layers.positional_conv,
@@ -122,7 +121,6 @@ NUMPY = Operations(
     add_scores=attention.add_scores,
     masked_softmax=attention.masked_softmax,
     context=attention.context,
-    finish_conv_residual=layers.finish_conv_residual,
     add_norm=layers.add_norm,
     unsqueeze=layers.unsqueeze,
 )
@@ -194,7 +192,7 @@ def _numba(threads: int | None, precision: str) -> Operations:
         linear_add_norm=kernels.linear_add_norm,
         feed_forward=kernels.feed_forward,
         add_norm=kernels.add_norm,
-        conv_residual=kernels.conv_residual,
+        conv1d=kernels.conv1d,
         squeeze=kernels.squeeze,
         relative_index=kernels.relative_index,
         disentangled_attention=kernels.disentangled_attention,

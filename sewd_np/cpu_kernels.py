@@ -267,36 +267,22 @@ class Kernels:
         )
         return out
 
-    def conv_residual(
-        self,
-        x_btd: Array,
-        residual_btd: Array,
-        weight: Array,
-        bias: Array,
-        norm_weight: Array,
-        norm_bias: Array,
-        eps: float,
-        activation: str,
-        lengths_b: Array | None = None,
-        alone: bool = False,
-    ) -> Array:
+    def conv1d(self, x_bnc: Array, weight_kgio: Array, bias_c: Array | None, stride: int, padding: int = 0) -> Array:
         """NumPy's, but for the product: how BLAS rounds a row depends on how many rows come with it.
 
-        Windows are copied and the weights packed at every call, for no published model has this layer.
+        Windows are copied and the weights packed at every call: only traces call it, and DeBERTa's convolution beside
+        the first layer, which no published model has.
         """
-        if alone and lengths_b is not None:
-            x_btd = layers.zero_padding(x_btd, lengths_b)
-        kernel, groups, inputs, outputs = weight.shape
-        half = (kernel - 1) // 2
-        padded = np.pad(x_btd, ((0, 0), (half, half), (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=1)  # (b, t, d, k)
+        kernel, groups, inputs, outputs = weight_kgio.shape
+        padded = np.pad(x_bnc, ((0, 0), (padding, padding), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=1)[:, ::stride]  # (b, m, c, k)
+        bias_gc = np.zeros((groups, outputs), np.float32) if bias_c is None else bias_c.reshape(groups, outputs)
         parts = []
-        for group, group_bias in enumerate(np.split(bias, groups)):
+        for group, bias in enumerate(bias_gc):
             columns = windows[:, :, group * inputs : (group + 1) * inputs].swapaxes(2, 3)
-            rows = columns.reshape(*x_btd.shape[:2], kernel * inputs)
-            parts.append(self.linear(rows, pack(weight[:, group].reshape(-1, outputs)), group_bias))
-        out = np.concatenate(parts, axis=-1)
-        return layers.finish_conv_residual(out, residual_btd, norm_weight, norm_bias, eps, activation, lengths_b)
+            rows = columns.reshape(*columns.shape[:2], kernel * inputs)
+            parts.append(self.linear(rows, pack(weight_kgio[:, group].reshape(-1, outputs)), bias))
+        return np.concatenate(parts, axis=-1)
 
     def squeeze(self, x_bsd: Array, conv: Positional, factor: int, activation: str) -> Array:
         x_bsd = own(x_bsd)

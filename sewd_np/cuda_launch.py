@@ -390,25 +390,7 @@ class Device:
 
     # --------------------------------------------------------- convolution beside layer 0, pooling
 
-    def conv_residual(
-        self,
-        x_btd: DeviceArray,
-        residual_btd: DeviceArray,
-        weight: DeviceArray,
-        bias: DeviceArray,
-        norm_weight: DeviceArray,
-        norm_bias: DeviceArray,
-        eps: float,
-        activation: str,
-        lengths_b: Array | None = None,
-        alone: bool = False,
-    ) -> DeviceArray:
-        if alone and lengths_b is not None:
-            x_btd = self.zero_padding(x_btd, lengths_b)
-        out = self.conv1d(x_btd, weight, bias, 1, padding=(weight.shape[0] - 1) // 2)
-        return self.finish_conv_residual(out, residual_btd, norm_weight, norm_bias, eps, activation, lengths_b)
-
-    def finish_conv_residual(
+    def activate_add_norm(
         self,
         out_btd: DeviceArray,
         residual_btd: DeviceArray,

@@ -286,31 +286,7 @@ def upsample(
     return unsqueeze(linear(x_btd, weight, bias, activation), factor, frames, lengths_b)
 
 
-def conv_residual(
-    x_btd: Array,
-    residual_btd: Array,
-    weight: Array,
-    bias: Array,
-    norm_weight: Array,
-    norm_bias: Array,
-    eps: float,
-    activation: str,
-    lengths_b: Array | None = None,
-    alone: bool = False,
-) -> Array:
-    """DeBERTa's convolution beside the first layer: layer_norm(residual + activation(conv(x))). Class ConvLayer.
-
-    x is the first layer's *input*, residual its output. Padded frames of the convolution and of the result are zero.
-    The reference lets the last valid frames see the padded frames of x; with ``alone`` they see zeros, as at the end
-    of a recording.
-    """
-    if alone and lengths_b is not None:
-        x_btd = zero_padding(x_btd, lengths_b)
-    out = conv1d(x_btd, weight, bias, 1, padding=(len(weight) - 1) // 2)
-    return finish_conv_residual(out, residual_btd, norm_weight, norm_bias, eps, activation, lengths_b)
-
-
-def finish_conv_residual(
+def activate_add_norm(
     out_btd: Array,
     residual_btd: Array,
     norm_weight: Array,
@@ -319,7 +295,11 @@ def finish_conv_residual(
     activation: str,
     lengths_b: Array | None = None,
 ) -> Array:
-    """The part of ``conv_residual`` after the convolution."""
+    """What follows DeBERTa's convolution beside the first layer: layer_norm(residual + activation(out)). (b, t, d).
+
+    out is the convolution of that layer's *input*, residual the layer's output. Padded frames of both out and the
+    result are zero. Class ConvLayer of the reference.
+    """
     if lengths_b is None:
         return add_norm(activate(out_btd, activation), residual_btd, norm_weight, norm_bias, eps)
     out_btd = activate(zero_padding(out_btd, lengths_b), activation)

@@ -239,14 +239,13 @@ class _Pass:
         """DeBERTa's optional convolution of layer 0's input, added to its output."""
         ops, w, name = self.ops, self.weights.conv, "encoder.encoder.conv"
         assert w is not None and w.norm is not None
+        if self.alone and self.squeezed_b is not None:
+            # The reference lets the last valid frames see padded ones; alone they see zeros, as at a recording's end.
+            before = ops.zero_padding(before, self.squeezed_b)
+        out = ops.conv1d(before, w.weight, w.bias, 1, self.config.conv_kernel_size // 2)
+        out = self.point(f"{name}.conv", out)
         finish = (*w.norm, self.config.layer_norm_eps, self.config.conv_act, self.squeezed_b)
-        if self.inside(f"{name}.conv"):
-            if self.alone and self.squeezed_b is not None:
-                before = ops.zero_padding(before, self.squeezed_b)
-            out = ops.conv1d(before, w.weight, w.bias, 1, self.config.conv_kernel_size // 2)
-            out = self.point(f"{name}.conv", out)
-            return self.point(name, ops.finish_conv_residual(out, after, *finish))
-        return self.point(name, ops.conv_residual(before, after, w.weight, w.bias, *finish, self.alone))
+        return self.point(name, ops.activate_add_norm(out, after, *finish))
 
     def upsample(self, x: Any, frames: int) -> Any:
         """Back to 50 frames a second: (b, t, d) → (b, s, d). This is last_hidden_state: there is no final norm."""

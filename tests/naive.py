@@ -286,25 +286,7 @@ def upsample(
     return unsqueeze(linear(x_btd, weight, bias, activation), factor, frames, lengths_b)
 
 
-def conv_residual(
-    x_btd: Array,
-    residual_btd: Array,
-    weight: Array,
-    bias: Array,
-    norm_weight: Array,
-    norm_bias: Array,
-    eps: float,
-    activation: str,
-    lengths_b: Array | None = None,
-    alone: bool = False,
-) -> Array:
-    if alone and lengths_b is not None:
-        x_btd = zero_padding(x_btd, lengths_b)
-    out = conv1d(x_btd, weight, bias, 1, weight.shape[0] // 2)
-    return finish_conv_residual(out, residual_btd, norm_weight, norm_bias, eps, activation, lengths_b)
-
-
-def finish_conv_residual(
+def activate_add_norm(
     out_btd: Array,
     residual_btd: Array,
     norm_weight: Array,
@@ -650,9 +632,8 @@ def forward(
         if layer == 0 and config.conv_kernel_size > 0:
             name = "encoder.encoder.conv"
             weight, bias = taps(params[f"{name}.conv.weight"], config.conv_groups), params[f"{name}.conv.bias"]
-            x = conv_residual(
-                hidden_states[0], x, weight, bias, *norm(f"{name}.LayerNorm"), eps, config.conv_act, valid
-            )
+            out = conv1d(hidden_states[0], weight, bias, 1, config.conv_kernel_size // 2)
+            x = activate_add_norm(out, x, *norm(f"{name}.LayerNorm"), eps, config.conv_act, valid)
     last = upsample(x, *dense("encoder.upsample.projection"), k, activation, frames)
     out = {"last_hidden_state": last, "hidden_states": hidden_states, "attentions": attentions}
     if "lm_head.weight" in params:

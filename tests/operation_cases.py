@@ -237,17 +237,12 @@ def attention_cases(normal: Normal) -> Iterator[Case]:
 
 
 def residual_and_pooling_cases(normal: Normal) -> Iterator[Case]:
-    for t, k, groups, width in [(1, 1, 1, 3), (2, 3, 2, 2), (5, 3, 1, 4), (8, 7, 3, 1), (3, 9, 1, 2)]:
-        d = groups * width
-        x, residual, weight = normal(2, t, d), normal(2, t, d), normal(k, groups, width, width)
+    for t, d in [(1, 3), (2, 4), (5, 4), (8, 3), (3, 2)]:
+        out, residual = normal(2, t, d), normal(2, t, d)
         rest = (normal(d), normal(d), 1e-7, "tanh")
         few = 10.0 if d <= 2 else 1.0  # see encoder_cases
         for valid in (None, lengths(t, max(t - 2, 0)), lengths(t // 2, t + 1)):
-            label = f"t {t} kernel {k} groups {groups} lengths {valid}"
-            yield Case("finish_conv_residual", label, (x, residual, *rest, valid), few)
-            for alone in (False, True):
-                args = (x, residual, weight, normal(d), *rest, valid, alone)
-                yield Case("conv_residual", f"{label} alone {alone}", args, few)
+            yield Case("activate_add_norm", f"t {t} d {d} lengths {valid}", (out, residual, *rest, valid), few)
     for layers, s in [(1, 1), (3, 2), (4, 7)]:
         states = tuple(normal(2, s, 3) for _ in range(layers))
         yield Case("weighted_layer_sum", f"{layers} layers", (states, 2 * normal(layers)))
