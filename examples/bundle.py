@@ -61,7 +61,7 @@ def export(model: Any, folder: Path, figures: dict[str, float], options: argpars
     facts = {
         "FIGURES": rows, "MINUTES": f"{options.minutes:g}", "SEED": str(options.seed),
         "STRINGS": f"{options.strings:,}",
-        "INIT": f", from the checkpoint {options.init.name}, part of which is mixed in again" if options.init else "",
+        "INIT": f", from the checkpoint {options.init.name}" if options.init else "",
     }  # fmt: skip
     for key, value in facts.items():
         card = card.replace(f"{{{key}}}", value)

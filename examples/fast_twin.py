@@ -87,12 +87,15 @@ def block(layer: Any, x: Any, table: Any, mask: Any, dropped: Any) -> Any:
     return layer.output.LayerNorm(x + dropped(layer.output.dense(F.gelu(layer.intermediate.dense(x)))))
 
 
-def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views: int = 1) -> tuple[Any, Any]:
+def upper(
+    model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views: int = 1, middle: Any = None
+) -> tuple[Any, Any]:
     """Logits (b, s, v) at the top and from the middle layer, of what ``lower`` gave, padded to (b, s, c).
 
-    frames (b,): each clip's own length in frames of logits. ``pool``: a long random mask to take dropout from, which
-    is much quicker than drawing it; with it SpecAugment is on too. Without, the result is the reference's.
-    ``views``: the whole batch so many times, one after the other, each time masked and dropped in other places.
+    frames (b,): each clip's own length in frames of logits. ``middle``: the middle layer's head, if not the top's.
+    ``pool``: a long random mask to take dropout from, which is much quicker than drawing it; with it SpecAugment is on
+    too. Without, the result is the reference's. ``views``: the whole batch so many times, one after the other, each
+    time masked and dropped in other places.
     """
 
     def dropped(y: Any) -> Any:
@@ -114,7 +117,7 @@ def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views:
     frames = frames.repeat(views)
     if pool is not None:
         b, s, d = x.shape
-        x = torch.where(spans(b, s, 0.02, 9)[..., None], sew.masked_spec_embed.to(x.dtype), dropped(x))
+        x = torch.where(spans(b, s, 0.03, 5)[..., None], sew.masked_spec_embed.to(x.dtype), dropped(x))
         x = x.masked_fill(spans(b, d, 0.006, 13)[:, None], 0)
     inside = torch.arange(x.shape[1], device=x.device) < frames[:, None]
     x = (x * inside[..., None]).transpose(1, 2)
@@ -123,9 +126,13 @@ def upper(model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views:
     t = x.shape[1]
     mask = torch.where(inside[:, : 2 * t].view(len(x), 1, t, 2).all(-1), 0.0, -1e4).to(x.dtype)
     table = position_rows(model, t)
+    heads = {
+        model.config.num_hidden_layers // 2: middle or model.lm_head,
+        model.config.num_hidden_layers: model.lm_head,
+    }
     logits = []
     for number, layer in enumerate(encoder.encoder.layer, 1):
         x = block(layer, x, table, mask, dropped)
-        if number in (model.config.num_hidden_layers // 2, model.config.num_hidden_layers):
-            logits.append(model.lm_head(encoder.upsample(x)))
+        if number in heads:
+            logits.append(heads[number](encoder.upsample(x)))
     return logits[1], logits[0]

@@ -35,6 +35,8 @@ ORDINALS = (
     "FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH THIRTIETH"
 ).split()
 COMMANDS = "ENTER ERASE RUBOUT REPEAT START STOP GO HELP YES NO".split()
+OTHERS = "AND OF HALF HUNDRED THOUSAND AREA CODE APOSTROPHE".split()
+SPOKEN_WORDS = {*LETTERS, *DIGITS, *TEENS, *TENS, *MONTHS, *ORDINALS, *COMMANDS, *OTHERS}  # AN4's
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,9 @@ def room_and_line(wave: Array, rng: np.random.Generator) -> Array:
     """A random room, microphone and line at once, in one multiplication of spectra.
 
     Room: exponentially fading noise after the direct sound, 0.1 – 0.6 s to −60 dB. Microphone: a smooth curve of
-    ± 8 dB. Line: sometimes the telephone's 300 – 3,400 Hz, sometimes nothing above 4 kHz.
+    ± 8 dB. Line: sometimes the telephone's 300 – 3,400 Hz, sometimes nothing above 4 kHz. Sometimes one or two bands
+    of up to a seventh of the mel scale are 30 dB lower: SpecAugment's frequency masks (arXiv 1904.08779), put on the
+    sound because the model sees no spectrogram.
     """
     tail = 0
     response = None
@@ -337,6 +341,12 @@ def room_and_line(wave: Array, rng: np.random.Generator) -> Array:
         spectrum *= 1 / (1 + (hertz / 3600) ** 16) / (1 + (250 / (hertz + 1)) ** 8)
     elif line < 0.3:
         spectrum *= 1 / (1 + (hertz / rng.uniform(3600, 5500)) ** 20)
+    if rng.random() < 0.5:
+        mel = 2595 * np.log10(1 + hertz / 700)
+        for _ in range(rng.integers(1, 3)):
+            width = rng.uniform(0, mel[-1] / 7)
+            start = rng.uniform(0, mel[-1] - width)
+            spectrum[np.searchsorted(mel, start) : np.searchsorted(mel, start + width)] *= np.float32(0.03)
     return np.asarray(fft.irfft(spectrum, size)[: len(wave)], np.float32)
 
 

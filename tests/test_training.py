@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import fast_twin as twin
 import hearing
 import muon
+import pronounce
 import train_bundled as script
 import train_keywords as keywords
 import training_data as data
@@ -174,6 +175,51 @@ def test_random_text_stays_in_the_vocabulary() -> None:
     assert len(set(texts)) > 250
 
 
+def test_everything_that_an4_says_is_known_to_be_so() -> None:
+    said = {word for seed in range(300) for word in data.random_text(RNG(seed)).split()}
+    assert said <= data.SPOKEN_WORDS and len(said) > 80
+
+
+def test_bands_are_missing_from_some_clips_and_nothing_is_added() -> None:
+    """White noise through every room and line: its spectrum keeps its size but for curve, edges and bands."""
+    wave = RNG(0).standard_normal(16_000).astype(np.float32)
+    holes = 0
+    for seed in range(60):
+        heard = data.room_and_line(wave, RNG(seed))
+        assert heard.dtype == np.float32 and len(heard) == len(wave)
+        power = np.log10(np.abs(np.fft.rfft(heard))[300:3300].reshape(50, 60) ** 2).mean(1)  # 300 to 3,300 Hz
+        assert power.max() < 6
+        holes += power.min() < power.max() - 2.5  # more than the curve's 16 dB
+    assert 15 < holes < 45
+
+
+def test_pronunciations_are_numbered_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter A is pronounced as one, the article as an article; 0 is left to CTC's blank."""
+    known = {"A": "eɪ", "B": "bi", "CAT": "kæt", "SIX": "sɪks"}
+    monkeypatch.setattr(pronounce, "espeak_phonemes", lambda words: {word: known[word] for word in words})
+    spoken = pronounce.Pronunciations(["B A SIX", "A CAT"])
+    assert spoken.phonemes == sorted(set("eɪbikætsə"))
+
+    def said(text: str) -> str:
+        return "".join(spoken.phonemes[label - 1] for label in spoken.labels(text))
+
+    assert said("B A SIX A") == "bieɪsɪkseɪ" and said("A CAT") == "əkæt" and said("") == ""
+    assert min(spoken.labels("B A SIX")) >= 1
+
+
+def test_without_espeak_there_are_no_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pronounce.shutil, "which", lambda name: None)
+    assert pronounce.Pronunciations(["B A SIX"]).phonemes == []
+
+
+def test_espeak_pronounces_each_word_by_itself() -> None:
+    if not pronounce.shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    words = ["A", "B", "NINETEEN", "SIX", "THAT'S", "W"]
+    spoken = pronounce.espeak_phonemes(words)
+    assert spoken == {"A": "eɪ", "B": "bi", "NINETEEN": "naɪntin", "SIX": "sɪks", "THAT'S": "ðæts", "W": "dʌbəlju"}
+
+
 def test_mel_frames_are_the_models_frames() -> None:
     for samples in (720, 8000, 16_001):
         mel = data.log_mel(RNG(0).standard_normal(samples).astype(np.float32))
@@ -241,6 +287,41 @@ def test_two_views_are_the_batch_twice() -> None:
         twice = twin.upper(hf, x, frames, 11, views=2)
     for logits, both in zip(once, twice, strict=True):
         torch.testing.assert_close(both, logits.repeat(2, 1, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_middle_layer_may_have_a_head_of_its_own() -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(2, 60, 24, generator=torch.Generator().manual_seed(0))
+    own = torch.nn.Linear(hf.config.hidden_size, 40)
+    with torch.no_grad():
+        top, _ = twin.upper(hf, x, torch.tensor([30, 30]), 11)
+        same, middle = twin.upper(hf, x, torch.tensor([30, 30]), 11, middle=own)
+    torch.testing.assert_close(same, top)
+    assert middle.shape == (*top.shape[:2], 40)
+
+
+def test_a_step_asks_the_middle_layer_for_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head learns from the step, and the loss is another than with letters there."""
+    monkeypatch.setattr(pronounce, "espeak_phonemes", lambda words: {word: word[::-1].lower() * 2 for word in words})
+    hf = build({**SMALL, "vocab_size": 32}, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
+    clips = [(x, "ONE", 30), (x[:40], "TWO SIX", 20)]
+    pool = torch.ones(1 << 16)
+    losses = []
+    for texts in (["ONE", "TWO SIX"], []):
+        spoken = pronounce.Pronunciations(texts)
+        if spoken.phonemes:
+            hf.phoneme_head = torch.nn.Linear(hf.config.hidden_size, len(spoken.phonemes) + 1)
+        torch.manual_seed(0)
+        loss, shown = script.train_step(hf, clips, 11, pool, spoken)
+        losses.append((loss.item(), shown))
+        hf.zero_grad()
+        loss.backward()
+        learned = hf.phoneme_head.weight.grad
+        assert (learned is not None and bool(learned.abs().sum() > 0)) == bool(texts)
+    assert losses[0][1] == pytest.approx(losses[1][1]) and losses[0][0] != pytest.approx(losses[1][0])
 
 
 def test_views_disagree_by_what_lies_between_their_distributions() -> None:
@@ -359,11 +440,33 @@ def test_the_classifier_in_two_halves_is_the_whole_one(samples: int) -> None:
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_kept_lies_between_the_last_checkpoints_and_the_first() -> None:
+def test_one_finalist_lies_between_the_last_checkpoints_and_the_first() -> None:
     snapshots = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}]
-    torch.testing.assert_close(script.candidate(snapshots, None)["w"], torch.tensor([2.0, 2.0]))
-    back = script.candidate(snapshots, {"w": torch.zeros(2)})["w"]
-    torch.testing.assert_close(back, torch.full((2,), 2 * (1 - script.KEPT)))
+    best, first = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    assert list(script.finalists(best, [], first).values()) == [best]
+    assert len(script.finalists(best, snapshots, None)) == 2
+    kept, mean, mixed = script.finalists(best, snapshots, first).values()
+    assert kept is best
+    torch.testing.assert_close(mean["w"], torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(mixed["w"], torch.full((2,), 2 * (1 - script.KEPT)))
+
+
+def test_the_finalist_with_fewest_errors_in_all_conditions_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that is best on clean recordings. Its figures are those of the float16 weights that it is given."""
+    model: Any = torch.nn.Linear(2, 1, bias=False)
+    seen = []
+
+    def errors(model: Any, dev: Any, change: Any) -> float:
+        seen.append(model.weight[0].tolist())
+        clean, worse = model.weight[0].tolist()
+        return clean if change is None else worse
+
+    monkeypatch.setattr(script, "word_error_rate", errors)
+    found = {"one": {"weight": torch.tensor([[0.1, 0.3]])}, "other": {"weight": torch.tensor([[0.2, 0.25]])}}
+    figures = script.choose(model, found, [], 0)
+    chosen = found["other"]["weight"].half().float()[0].tolist()
+    assert model.weight[0].tolist() == chosen and len(figures) == 7 and chosen in seen
+    assert figures["clean"] == chosen[0] and figures["at 8 kHz"] == chosen[1]
 
 
 def test_learning_rate_rises_and_falls() -> None:
