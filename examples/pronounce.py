@@ -42,5 +42,6 @@ class Pronunciations:
     def labels(self, text: str) -> list[int]:
         """The phonemes of a text. A is an article in a sentence, and a letter among letters, numbers and commands."""
         words = text.split()
-        a = self.by_word.get("A", "") if SPOKEN_WORDS.issuperset(words) else ARTICLE
-        return [self.number[phoneme] for word in words for phoneme in (a if word == "A" else self.by_word[word])]
+        article = not SPOKEN_WORDS.issuperset(words)
+        sounds = (ARTICLE if article and word == "A" else self.by_word[word] for word in words)
+        return [self.number[phoneme] for word in sounds for phoneme in word]

@@ -54,7 +54,6 @@ from pronounce import Pronunciations
 from training_data import (
     FRAME,
     RATE,
-    SPOKEN_WORDS,
     Array,
     Clip,
     augment,
@@ -221,7 +220,7 @@ def disagreement(logits: Any, frames: Any, letters: int) -> Any:
 
 
 def train_step(
-    model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool: Any, spoken: Pronunciations
+    model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool: Any, pronunciations: Pronunciations
 ) -> tuple[Any, float]:
     """Loss of one batch, seen twice, and the part of it that is CTC at the top, which the curve shows.
 
@@ -232,10 +231,10 @@ def train_step(
     batch = batch.to(pool.device, pool.dtype)
     frames = torch.tensor([count // 2 * 2 for _, _, count in clips])  # an odd last one is squeezed away
     with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.dtype == torch.bfloat16):
-        head = model.phoneme_head if spoken.phonemes else None
+        head = model.phoneme_head if pronunciations.phonemes else None
         top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, views=2, middle=head)
     letters = [encode(text) for _, text, _ in clips]
-    sounds = [spoken.labels(text) for _, text, _ in clips] if head else letters
+    sounds = [pronunciations.labels(text) for _, text, _ in clips] if head else letters
     loss = ctc(top, frames.repeat(2), letters * 2)
     differ = disagreement(top, frames, sum(map(len, letters)))
     return loss + MIDDLE * ctc(middle, frames.repeat(2), sounds * 2) + CONSISTENCY * differ, loss.item()
@@ -306,12 +305,17 @@ def choose(model: Any, found: dict[str, dict[str, Any]], dev: list[Clip], seed: 
     return figures[chosen]
 
 
-def copied(model: Any) -> dict[str, Any]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+def copied(model: Any, device: str | None = None) -> dict[str, Any]:
+    return {name: value.detach().to(device, copy=True) for name, value in model.state_dict().items()}
 
 
 def train(
-    model: Any, sources: Sources, dev: list[Clip], spoken: Pronunciations, options: argparse.Namespace, device: str
+    model: Any,
+    sources: Sources,
+    dev: list[Clip],
+    pronunciations: Pronunciations,
+    options: argparse.Namespace,
+    device: str,
 ) -> None:
     """Train until ``options.minutes`` of training are over; leaves best.pt, state.pt and curve.png in the folder."""
     dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
@@ -377,7 +381,7 @@ def train(
         started = time.monotonic()
         for clips in store.batches():
             store.add(model, sources.draw(RENEWED * BATCH_SECONDS, progress, longest))
-            loss, ctc_loss = train_step(model, clips, frozen, pool, spoken)
+            loss, ctc_loss = train_step(model, clips, frozen, pool, pronunciations)
             loss.backward()
             ended = time.monotonic()
             elapsed += shared_mean(learned, ended - started)
@@ -391,7 +395,7 @@ def train(
             step += 1
             if elapsed - kept > limit / 50:
                 kept = elapsed
-                snapshots.append({name: value.cpu() for name, value in copied(model).items()})
+                snapshots.append(copied(model, "cpu"))
 
 
 def draw_curve(history: list[dict[str, float]], path: Path) -> None:
@@ -441,9 +445,9 @@ def main() -> None:
         torch.nn.init.uniform_(model.sew_d.masked_spec_embed)
     else:
         model = SEWDForCTC(SEWDConfig(**CONFIG))
-    spoken = Pronunciations([*SPOKEN_WORDS, *(c.text for corpus in clips.values() for c in corpus)])
-    if spoken.phonemes:  # a head that is thrown away afterwards
-        model.phoneme_head = torch.nn.Linear(model.config.hidden_size, len(spoken.phonemes) + 1)
+    pronunciations = Pronunciations(clip.text for corpus in clips.values() for clip in corpus)
+    if pronunciations.phonemes:  # a head that is thrown away afterwards
+        model.phoneme_head = torch.nn.Linear(model.config.hidden_size, len(pronunciations.phonemes) + 1)
     model = model.to(device)
     if not options.init and not (options.out / "state.pt").exists():
         warm_front_end(model, lambda seconds: sources.draw(seconds, longest=4.0), 600, device)
@@ -451,14 +455,14 @@ def main() -> None:
         for value in model.state_dict().values():
             dist.broadcast(value, 0)
         torch.manual_seed(options.seed + RANK)  # dropout and SpecAugment differ, as the batches do
-    initial = {name: value.cpu() for name, value in copied(model).items()} if options.init else None
-    train(model, sources, dev, spoken, options, device)
+    initial = copied(model, "cpu") if options.init else None
+    train(model, sources, dev, pronunciations, options, device)
     if RANK:
         return
     best = torch.load(options.out / "best.pt", weights_only=True)
     snapshots = torch.load(options.out / "state.pt", weights_only=False)["snapshots"]
     figures = choose(model, finalists(best, snapshots, initial), dev, options.seed)
-    if spoken.phonemes:
+    if pronunciations.phonemes:
         del model.phoneme_head
     export(model, options.out / "an4", figures, options)
     check_twin(model, options.out / "an4", dev)
