@@ -37,8 +37,11 @@ def conditions(rng: np.random.Generator) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export(model: Any, folder: Path, figures: dict[str, float], options: argparse.Namespace) -> None:
-    """The folder that sewd_np bundles: float16 weights, configuration, vocabulary, model card, the data's notice."""
+def export(model: Any, folder: Path, chosen: str, figures: dict[str, float], options: argparse.Namespace) -> None:
+    """The folder that sewd_np bundles: float16 weights, configuration, vocabulary, model card, the data's notice.
+
+    ``chosen`` says, for the card, which weights these are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tensors = {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()}
@@ -60,7 +63,7 @@ def export(model: Any, folder: Path, figures: dict[str, float], options: argpars
     card = CARD.read_text(encoding="utf-8")
     facts = {
         "FIGURES": rows, "MINUTES": f"{options.minutes:g}", "SEED": str(options.seed),
-        "STRINGS": f"{options.strings:,}",
+        "STRINGS": f"{options.strings:,}", "CHOSEN": chosen,
         "INIT": f", from the checkpoint {options.init.name}" if options.init else "",
     }  # fmt: skip
     for key, value in facts.items():

@@ -6,7 +6,8 @@ The recogniser's convolutions and lower layers already know what letters sound l
 shared, so the classifier stores only what it learns, its last two transformer layers, the upsampling and its head. What
 the lower layers give is computed once for thousands of augmented words; training on that is quick.
 The words are AN4's, cut apart by forced alignment, and text-to-speech; "unknown" is every other word, pieces of
-LibriSpeech, noise, tones and silence. Each is heard at another place in another stretch of silence, room and noise.
+LibriSpeech, keywords played backwards, noise, tones and silence. Each is heard at another place in another stretch of
+silence, room and noise.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ class Words:
         elif label == UNKNOWN and kind < 0.55:
             sentence = self.other[int(rng.integers(len(self.other)))]
             wave = sentence[int(rng.integers(len(sentence) // 2)) :][: int(rng.uniform(0.3, 1.5) * RATE)]
+        elif label == UNKNOWN and kind < 0.65:  # a keyword's sounds in the wrong order are not the keyword
+            keyword = self.by_label[int(rng.integers(UNKNOWN))]
+            wave = keyword[int(rng.integers(len(keyword)))][::-1]
         wave = change_speed(wave, rng.uniform(0.85, 1.18))[:samples]
         before = int(rng.integers(samples - len(wave) + 1))
         canvas = np.pad(wave, (before, samples - len(wave) - before))

@@ -324,6 +324,17 @@ def test_a_step_asks_the_middle_layer_for_phonemes(monkeypatch: pytest.MonkeyPat
     assert losses[0][1] == pytest.approx(losses[1][1]) and losses[0][0] != pytest.approx(losses[1][0])
 
 
+def test_an_empty_frame_learns_to_say_nothing() -> None:
+    """Its loss is the bias's own cross-entropy, and one step down it makes the blank likelier."""
+    bias = torch.linspace(-1, 1, 32, requires_grad=True)
+    loss = script.empty_frame(bias)
+    assert loss.item() == pytest.approx(float((torch.logsumexp(bias, 0) - bias[0]).detach()))
+    loss.backward()
+    assert bias.grad is not None
+    after = torch.softmax((bias - bias.grad).detach(), 0)
+    assert after[0] > torch.softmax(bias.detach(), 0)[0]
+
+
 def test_views_disagree_by_what_lies_between_their_distributions() -> None:
     """Nothing for equal views, whatever stands beyond a clip's end; else the mean of both divergences per letter."""
     rng = RNG(0)
@@ -440,6 +451,25 @@ def test_the_classifier_in_two_halves_is_the_whole_one(samples: int) -> None:
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_keyword_backwards_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word is drawn whole and with its own label; some of what is unknown is a keyword's sound in reverse."""
+    monkeypatch.setattr(keywords, "augment", lambda wave, other, rng: wave)
+    monkeypatch.setattr(keywords, "change_speed", lambda wave, factor: wave)
+    ramps = [np.arange(1, 40, dtype=np.float32) + 100 * label for label in range(len(keywords.LABELS))]
+    words = keywords.Words([[ramp] for ramp in ramps], [np.full(32_000, -1, np.float32)], RNG(0))
+    reversed_ones = 0
+    for _ in range(400):
+        wave, label = words.draw(30_000)
+        sound = wave[wave != 0]
+        assert len(wave) == 30_000
+        if label != keywords.UNKNOWN:
+            np.testing.assert_array_equal(sound, ramps[label])
+        elif len(sound) == 39 and sound[0] > sound[-1]:
+            reversed_ones += 1
+            np.testing.assert_array_equal(sound[::-1], ramps[int(sound[-1]) // 100])
+    assert 3 < reversed_ones < 30
+
+
 def test_one_finalist_lies_between_the_last_checkpoints_and_the_first() -> None:
     snapshots = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}]
     best, first = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
@@ -452,20 +482,26 @@ def test_one_finalist_lies_between_the_last_checkpoints_and_the_first() -> None:
 
 
 def test_the_finalist_with_fewest_errors_in_all_conditions_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the one that is best on clean recordings. Its figures are those of the float16 weights that it is given."""
-    model: Any = torch.nn.Linear(2, 1, bias=False)
+    """Not the one that is best on clean recordings. Its figures are those of the weights as they are exported."""
+    model: Any = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(1, 2)})
     seen = []
 
     def errors(model: Any, dev: Any, change: Any) -> float:
-        seen.append(model.weight[0].tolist())
-        clean, worse = model.weight[0].tolist()
-        return clean if change is None else worse
+        seen.append(model["lm_head"].weight[:, 0].tolist())
+        clean, worse = seen[-1]
+        return float(clean if change is None else worse)
 
     monkeypatch.setattr(script, "word_error_rate", errors)
-    found = {"one": {"weight": torch.tensor([[0.1, 0.3]])}, "other": {"weight": torch.tensor([[0.2, 0.25]])}}
-    figures = script.choose(model, found, [], 0)
-    chosen = found["other"]["weight"].half().float()[0].tolist()
-    assert model.weight[0].tolist() == chosen and len(figures) == 7 and chosen in seen
+    bias = torch.zeros(2)
+    found = {
+        "one": {"lm_head.weight": torch.tensor([[0.1], [0.3]]), "lm_head.bias": bias},
+        "other": {"lm_head.weight": torch.tensor([[0.2], [0.25]]), "lm_head.bias": bias},
+    }
+    name, figures = script.choose(model, found, [], 0)
+    chosen = found["other"]["lm_head.weight"][:, 0].half().float().tolist()
+    assert name == "other" and len(figures) == 7 and chosen in seen
+    assert model["lm_head"].weight[:, 0].tolist() == chosen
+    assert model["lm_head"].bias.tolist() == [-script.BLANK, 0] and bias.tolist() == [0, 0]
     assert figures["clean"] == chosen[0] and figures["at 8 kHz"] == chosen[1]
 
 
