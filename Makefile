@@ -14,13 +14,14 @@ INSTALLED_CUDA := $(VENV)/.installed-cuda
 NUMBA_CACHE = NUMBA_CACHE_DIR=$(CURDIR)/.numba/$$(cat sewd_np/cuda_*.py | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sim test-ptx test-gpu check parity bench bench-gpu notebooks notebooks-write clean
+.PHONY: help demo test test-sim test-ptx test-driver test-gpu check parity bench bench-gpu notebooks notebooks-write clean
 
 help:
 	@echo "make demo               transcribe the bundled clip"
 	@echo "make test               run the tests"
 	@echo "make test-sim           run every CUDA kernel and a whole small model in Numba's simulator; needs no GPU"
 	@echo "make test-ptx           compile every CUDA kernel for three generations of GPUs; needs no GPU"
+	@echo "make test-driver        run the CUDA backend on a driver that runs no kernel; needs no GPU, but a C compiler"
 	@echo "make test-gpu           compare the CUDA backend with the CPU and PyTorch on a GPU"
 	@echo "make check              ruff (lint and format) and mypy"
 	@echo "make parity MODEL=an4   compare a checkpoint with transformers, point by point"
@@ -70,6 +71,10 @@ test-sim: $(INSTALLED_SIM)
 
 test-ptx: $(INSTALLED_CUDA)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/cuda/test_ptx_*.py
+
+# What is around the kernels: copies, memory, graphs, threads, what kernels are given.
+test-driver: $(INSTALLED_CUDA)
+	$(NUMBA_CACHE) PRETENDED_DRIVER=1 $(BIN)/python -m pytest -q tests/cuda/test_driver_*.py
 
 test-gpu: $(INSTALLED_CUDA)
 	$(NUMBA_CACHE) $(BIN)/sewd-np info an4 --backend cuda

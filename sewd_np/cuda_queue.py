@@ -8,6 +8,7 @@ threads do on it (``cuda_device.new_stream``).
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -31,11 +32,22 @@ def new_pool() -> Pool:
     return Pool(lambda numbers: allocate(cuda, numbers))
 
 
+def quieten() -> None:
+    """Numba warns of every launch of few blocks, and a short clip has nothing else: its own switch turns that off.
+
+    Python's filters would do for one thread only: two that change them at once undo each other's.
+    """
+    config: Any = importlib.import_module("numba.cuda.core.config")
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+
+
 class Queue:
     """The stream, the lock and the pool of one ``Device``. ``capture`` records graphs, or None to record none."""
 
     def __init__(self, capture: Capture | None) -> None:
         self.stream = cuda.stream() if SIMULATED else new_stream(cuda)
+        if not SIMULATED:
+            quieten()
         self.pool = new_pool()
         self.lock = threading.RLock()
         self.capture = capture
@@ -84,9 +96,7 @@ class Queue:
         beside the pool's is not recorded; one that finds no room at all gets that of the recordings and starts again,
         if nothing looks inside, which would see it twice.
         """
-        with self.lock, warnings.catch_warnings():
-            # Numba warns of every launch of few blocks; a short clip has nothing else.
-            warnings.filterwarnings("ignore", message="Grid size")
+        with self.lock:
             try:
                 return self._run(forward, wave_bn, weights, repeatable)
             except MemoryError:

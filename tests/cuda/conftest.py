@@ -1,15 +1,17 @@
-"""Which of the three CUDA runs this is: each file in this folder belongs to one of them, and its name says to which.
+"""Which of the CUDA runs this is: each file in this folder belongs to one of them, and its name says to which.
 
-    NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda     test_sim_*   kernels as plain Python in the simulator, races raise
-    pytest tests/cuda                            test_ptx_*   kernels compiled and assembled, not run
-                                                 test_gpu_*   kernels on a GPU; left out where there is none
+    NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda     test_sim_*      kernels as plain Python in the simulator, races raise
+    pytest tests/cuda                            test_ptx_*      kernels compiled and assembled, not run
+                                                 test_gpu_*      kernels on a GPU; left out where there is none
+    PRETENDED_DRIVER=1 pytest tests/cuda         test_driver_*   what is around kernels, on a driver that runs none
 
-The simulator is chosen once, when Numba is first imported, so that one process cannot do both.
+The simulator is chosen once, when Numba is first imported, and so is the driver: one process cannot do two of these.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from numba.core import config as numba_config
@@ -17,19 +19,27 @@ from numba.core import config as numba_config
 SIMULATED = bool(numba_config.ENABLE_CUDASIM)
 INSTALLED = importlib.util.find_spec("numba_cuda") is not None
 
+PRETENDED = bool(os.environ.get("PRETENDED_DRIVER"))
+
 if SIMULATED:
     from tests.cuda import fastsim
 
     fastsim.install()
+elif PRETENDED:
+    from tests.cuda import pretended
+
+    pretended.install()
 
 
 def belongs(name: str) -> bool:
     """Whether a test file is part of this run."""
     if name.startswith("test_sim_"):
         return SIMULATED
+    if name.startswith("test_driver_"):
+        return PRETENDED
     if not name.startswith(("test_ptx_", "test_gpu_")):
         return True
-    if SIMULATED or not INSTALLED:
+    if SIMULATED or PRETENDED or not INSTALLED:
         return False
     if name.startswith("test_ptx_"):
         from tests.cuda.ptx import find_assembler
