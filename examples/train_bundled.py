@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bundle import check_twin, conditions, export
+from bundle import average, check_twin, choose, export, finalists
 from fast_twin import has_bfloat16, lower, onward, upper
 from hearing import encode, word_error_rate, words_by_speaker
 from muon import Muon
@@ -84,8 +84,6 @@ STORE_HOURS = 4.0
 PEAK_RATE = 7e-4
 TRAINED_CONVOLUTIONS = 0.6  # of the course; from there on only the upper two are
 MUON_FACTOR = 2.5  # its learning rate by AdamW's
-BLANK = 0.5  # taken off its logit in what is exported
-KEPT = 0.35  # share of the checkpoint of --init in the mixture with it
 SPELLED = 0.5  # of the clips put together from words, those that spell a name
 # Share of the sound that comes from each source, at the start and at the end.
 MIXTURE = {
@@ -279,54 +277,6 @@ def shared_mean(parameters: list[Any], seconds: float) -> float:
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
     return float(mean_seconds)
-
-
-def average(snapshots: Any) -> dict[str, Any]:
-    return {name: sum(s[name] for s in snapshots) / len(snapshots) for name in snapshots[0]}
-
-
-def finalists(best: dict[str, Any], snapshots: Any, initial: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What may be exported: the best so far, the mean of the last checkpoints, and that mixed with the first one.
-
-    Between two models of which one came from the other the loss is often lower than at either (arXiv 2109.01903).
-    """
-    found = {"the best by clean WER": best}
-    if snapshots:
-        mean = found["the mean of the last checkpoints"] = average(snapshots)
-        if initial is not None:
-            mixed = {name: (1 - KEPT) * mean[name] + KEPT * initial[name] for name in mean}
-            found[f"{1 - KEPT:.0%} of the mean of the last checkpoints, {KEPT:.0%} of the first"] = mixed
-    return found
-
-
-def finished(weights: dict[str, Any]) -> dict[str, Any]:
-    """As they are exported: in float16's precision, the blank's logit lower by BLANK.
-
-    The greedy path asks in each frame for the likeliest symbol. Where the model wavers between two letters that is the
-    blank, although some letter is likelier than none; and a wrong letter is no worse than a missing one.
-    """
-    weights = dict(weights)
-    weights["lm_head.bias"] = weights["lm_head.bias"].clone()
-    weights["lm_head.bias"][0] -= BLANK
-    return {name: value.half().float() for name, value in weights.items()}
-
-
-def choose(model: Any, found: dict[str, dict[str, Any]], dev: list[Clip], seed: int) -> tuple[str, dict[str, float]]:
-    """Give the model that of ``found``, finished, with the fewest errors in all conditions together.
-
-    Returns its name and its word error rate in each condition. The noise is the same for all.
-    """
-    rounded, figures = {}, {}
-    for name, weights in found.items():
-        rounded[name] = finished(weights)
-        model.load_state_dict(rounded[name])
-        changes = conditions(np.random.default_rng(seed))
-        figures[name] = {condition: word_error_rate(model, dev, change) for condition, change in changes.items()}
-        print(f"{name}: " + ", ".join(f"{condition} {100 * wer:.1f} %" for condition, wer in figures[name].items()))
-    chosen = min(figures, key=lambda name: sum(figures[name].values()))
-    print(f"chosen: {chosen}")
-    model.load_state_dict(rounded[chosen])
-    return chosen, figures[chosen]
 
 
 def copied(model: Any, device: str | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 
@@ -27,10 +28,9 @@ TOLERANCE = 1e-3  # what transformers' own integration tests allow
 @pytest.fixture(scope="module")
 def clips() -> dict[str, np.ndarray]:
     """LibriSpeech utterance id → samples, from the dataset's parquet file."""
-    parquet = pytest.importorskip("pyarrow.parquet", reason="reading the clips needs pyarrow")
     files = huggingface_hub.list_repo_files(CLIPS, repo_type="dataset")
     name = next(file for file in files if file.endswith(".parquet") and "clean" in file and "validation" in file)
-    table = parquet.read_table(huggingface_hub.hf_hub_download(CLIPS, name, repo_type="dataset")).to_pylist()
+    table = pyarrow.parquet.read_table(huggingface_hub.hf_hub_download(CLIPS, name, repo_type="dataset")).to_pylist()
     found = {}
     for row in table:
         samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")

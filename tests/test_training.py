@@ -1,229 +1,25 @@
-"""The training scripts' own pieces: alignment, cutting, augmentation, and a shortcut that must not change a result."""
+"""The training scripts' own pieces: a shortcut that must not change a result, losses, the store, the last choice."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import bundle
+import fast_twin as twin
+import muon
 import numpy as np
+import pronounce
 import pytest
 import torch
-from scipy import signal
+import train_bundled as script
+import train_keywords as keywords
+import training_data as data
 from transformers import SEWDForCTC, SEWDForSequenceClassification
 
 from tests.reference import SMALL, build
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import fast_twin as twin
-import hearing
-import muon
-import pronounce
-import train_bundled as script
-import train_keywords as keywords
-import training_data as data
-
 RNG = np.random.default_rng
-
-
-def spiky(labels: list[int | None], vocabulary: int = 32) -> np.ndarray:
-    """Log-probabilities that favour one label a frame, None the blank."""
-    scores = np.full((len(labels), vocabulary), -8.0)
-    for frame, label in enumerate(labels):
-        scores[frame, 0 if label is None else label] = -0.01
-    return scores
-
-
-def test_text_survives_encoding() -> None:
-    text = "ENTER SIX TWO"
-    ids = hearing.encode(text)
-    frames = [i for label in ids for i in (label, label, 0)]
-    assert hearing.decode(np.array(frames)) == text
-    assert hearing.decode(np.zeros(9, int)) == ""
-
-
-def test_alignment_finds_the_frames_that_fire() -> None:
-    t, w, o, bar, s, i, x = hearing.encode("TWO SIX")
-    path = [None, t, w, o, o, None, bar, None, s, i, i, x, None, None]
-    assert data.align(spiky(path), hearing.encode("TWO SIX"), "TWO SIX") == [
-        pytest.approx((1 * 0.02, 5 * 0.02)),
-        pytest.approx((8 * 0.02, 12 * 0.02)),
-    ]
-
-
-def test_alignment_keeps_a_doubled_letter_apart() -> None:
-    """Two of the same letter need a blank between them, however the scores are."""
-    labels = hearing.encode("LL")
-    (span,) = data.align(spiky([labels[0]] * 3), labels, "LL")
-    assert span == pytest.approx((0, 0.06))
-
-
-def test_words_are_cut_where_it_is_quiet() -> None:
-    wave = RNG(0).standard_normal(16_000).astype(np.float32)
-    wave[7000:8500] = 0
-    pieces = data.cut_words(wave, "TWO SIX", [(0.1, 0.3), (0.7, 0.9)])
-    assert [word for word, _ in pieces] == ["TWO", "SIX"]
-    assert 7000 <= len(pieces[0][1]) <= 8500
-    np.testing.assert_array_equal(np.concatenate([wave for _, wave in pieces]), wave)
-
-
-def test_recombined_words_say_what_the_text_says() -> None:
-    words = [(name, np.full(1000 + 500 * i, 0.1 * (i + 1), np.float32)) for i, name in enumerate(["A", "B", "C"])]
-    for seed in range(20):
-        clip = data.recombine(words, RNG(seed))
-        said = clip.text.split()
-        assert 1 <= len(said) <= 8
-        assert len(clip.samples) == sum(len(dict(words)[word]) for word in said)
-    assert len({data.recombine(words, RNG(seed)).text for seed in range(20)}) > 10
-
-
-def test_names_are_spelled_as_far_as_a_speakers_letters_go() -> None:
-    words = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLI")]
-    names = {name for name in data.NAMES if set(name) <= set("ANERTOLI")}
-    said = {data.recombine(words, RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
-    assert len(said) > 10 and said <= names
-    assert all(name.isalpha() and name.isupper() for name in data.NAMES)
-    only_z = [("Z", np.full(1000, 0.1, np.float32))]  # no name can be spelled: words in any order
-    assert set(data.recombine(only_z, RNG(0), spelled=1.0).text.split()) == {"Z"}
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
-    path.write_text("before")
-    with pytest.raises(KeyboardInterrupt), data.whole(path) as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "before"
-    with data.whole(path) as part:
-        part.write_text("after")
-    assert path.read_text() == "after" and [file.name for file in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_noise_has_the_ratio_asked_for() -> None:
-    wave = np.sin(np.arange(16_000) / 7).astype(np.float32)
-    noise = data.coloured_noise(5000, 1.0, RNG(0))
-    added = data.add_noise(wave, noise, 15.0) - wave
-    assert 10 * np.log10(np.mean(wave**2) / np.mean(added**2)) == pytest.approx(15, abs=0.01)
-
-
-@pytest.mark.parametrize("factor", [0.8, 0.93, 1.0, 1.2])
-def test_tempo_changes_without_the_pitch(factor: float) -> None:
-    """Two halves, 200 and 500 Hz: each is as high and as loud as before, and the change comes at its due time."""
-    seconds = np.arange(16_000) / 16_000
-    wave = np.concatenate([0.3 * np.sin(2 * np.pi * hertz * seconds) for hertz in (200, 500)]).astype(np.float32)
-    heard = data.change_tempo(wave, factor)
-    assert heard.dtype == np.float32 and len(heard) == int(32_000 / factor)
-    middle = len(heard) // 2
-    for part, hertz in ((heard[600 : middle - 600], 200), (heard[middle + 600 : -600], 500)):
-        crossings = np.diff(np.signbit(part).astype(int)) != 0
-        assert abs(crossings.sum() / 2 * 16_000 / len(part) - hertz) < 2
-        assert np.std(part) == pytest.approx(0.3 / np.sqrt(2), rel=0.01)
-
-
-def test_the_same_tempo_changes_nothing() -> None:
-    wave = RNG(0).standard_normal(9_000).astype(np.float32)
-    np.testing.assert_allclose(data.change_tempo(wave, 1.0)[240:], wave[240:], atol=1e-5)
-
-
-def test_tempo_of_hardly_any_sound() -> None:
-    for samples in (0, 1, 240, 481):
-        assert len(data.change_tempo(np.zeros(samples, np.float32), 1.1)) == int(samples / 1.1)
-
-
-def resonating(hertz: float, samples: int = 16_000) -> np.ndarray:
-    """A voice of 125 Hz with a little breath, through one formant."""
-    pulses = 0.02 * RNG(0).standard_normal(samples)
-    pulses[::128] += 1
-    radius, angle = np.exp(-np.pi * 150 / 16_000), 2 * np.pi * hertz / 16_000
-    wave = np.asarray(signal.lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], pulses), np.float32)
-    return wave / np.abs(wave).max() / 2
-
-
-@pytest.mark.parametrize("factor", [0.85, 1.15])
-def test_formants_move_and_the_pitch_stays(factor: float) -> None:
-    """The loudest harmonic lies beside 1,500 x factor instead of at 1,500 Hz; little is between harmonics."""
-    heard = data.change_formants(resonating(1500.0), factor)
-    assert heard.dtype == np.float32 and len(heard) == 16_000
-    power = np.abs(np.fft.rfft(heard)) ** 2
-    assert abs(power.argmax() - 1500 * factor) < 125
-    assert power[125::125].sum() > 0.9 * power.sum()
-
-
-def test_formants_that_stay_change_nothing() -> None:
-    for samples in (0, 1, 127, 9000):
-        wave = RNG(0).standard_normal(samples).astype(np.float32)
-        np.testing.assert_allclose(data.change_formants(wave, 1.0), wave, atol=1e-5)
-
-
-@pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
-def test_augmented_sound_is_sound(strength: float) -> None:
-    wave = RNG(1).standard_normal(8000).astype(np.float32) * 0.1
-    changed = 0
-    for seed in range(40):
-        heard = data.augment(wave, lambda: wave, RNG(seed), strength)
-        assert heard.dtype == np.float32 and np.isfinite(heard).all()
-        quickest = (1 + 0.21 * strength) * (1 + 0.26 * strength)  # speed and tempo
-        slowest = (1 - 0.17 * strength) * (1 - 0.21 * strength)
-        assert 8000 / quickest <= len(heard) <= 8000 / slowest + 2 * data.RATE / 3
-        changed += len(heard) != len(wave) or not np.allclose(heard, wave)
-    assert changed > 20
-
-
-def test_random_text_stays_in_the_vocabulary() -> None:
-    texts = [data.random_text(RNG(seed)) for seed in range(300)]
-    assert all(hearing.TOKEN["<unk>"] not in hearing.encode(text) for text in texts)
-    assert len(set(texts)) > 250
-
-
-def test_everything_that_an4_says_is_known_to_be_so() -> None:
-    said = {word for seed in range(300) for word in data.random_text(RNG(seed)).split()}
-    assert said <= data.SPOKEN_WORDS and len(said) > 80
-
-
-def test_bands_are_missing_from_some_clips_and_nothing_is_added() -> None:
-    """White noise through every room and line: its spectrum keeps its size but for curve, edges and bands."""
-    wave = RNG(0).standard_normal(16_000).astype(np.float32)
-    holes = 0
-    for seed in range(60):
-        heard = data.room_and_line(wave, RNG(seed))
-        assert heard.dtype == np.float32 and len(heard) == len(wave)
-        power = np.log10(np.abs(np.fft.rfft(heard))[300:3300].reshape(50, 60) ** 2).mean(1)  # 300 to 3,300 Hz
-        assert power.max() < 6
-        holes += power.min() < power.max() - 2.5  # more than the curve's 16 dB
-    assert 15 < holes < 45
-
-
-def test_pronunciations_are_numbered_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A letter A is pronounced as one, the article as an article; 0 is left to CTC's blank."""
-    known = {"A": "eɪ", "B": "bi", "CAT": "kæt", "SIX": "sɪks"}
-    monkeypatch.setattr(pronounce, "espeak_phonemes", lambda words: {word: known[word] for word in words})
-    spoken = pronounce.Pronunciations(["B A SIX", "A CAT"])
-    assert spoken.phonemes == sorted(set("eɪbikætsə"))
-
-    def said(text: str) -> str:
-        return "".join(spoken.phonemes[label - 1] for label in spoken.labels(text))
-
-    assert said("B A SIX A") == "bieɪsɪkseɪ" and said("A CAT") == "əkæt" and said("") == ""
-    assert min(spoken.labels("B A SIX")) >= 1
-
-
-def test_without_espeak_there_are_no_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pronounce.shutil, "which", lambda name: None)
-    assert pronounce.Pronunciations(["B A SIX"]).phonemes == []
-
-
-def test_espeak_pronounces_each_word_by_itself() -> None:
-    if not pronounce.shutil.which("espeak-ng"):
-        pytest.skip("espeak-ng is not installed")
-    spoken = pronounce.espeak_phonemes(["A", "B", "SIX", "THAT'S", "W"])
-    assert list(spoken) == ["A", "B", "SIX", "THAT'S", "W"] and all(spoken.values())
-    assert (spoken["A"], spoken["B"], spoken["SIX"], spoken["W"]) == ("eɪ", "bi", "sɪks", "dʌbəlju")
-
-
-def test_mel_frames_are_the_models_frames() -> None:
-    for samples in (720, 8000, 16_001):
-        mel = data.log_mel(RNG(0).standard_normal(samples).astype(np.float32))
-        assert mel.shape == ((samples - 400) // 320 + 1, 64) and np.isfinite(mel).all()
 
 
 def features_of(hf: SEWDForCTC, wave: np.ndarray, frozen: int) -> torch.Tensor:
@@ -473,12 +269,12 @@ def test_a_keyword_backwards_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_finalist_lies_between_the_last_checkpoints_and_the_first() -> None:
     snapshots = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}]
     best, first = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
-    assert list(script.finalists(best, [], first).values()) == [best]
-    assert len(script.finalists(best, snapshots, None)) == 2
-    kept, mean, mixed = script.finalists(best, snapshots, first).values()
+    assert list(bundle.finalists(best, [], first).values()) == [best]
+    assert len(bundle.finalists(best, snapshots, None)) == 2
+    kept, mean, mixed = bundle.finalists(best, snapshots, first).values()
     assert kept is best
     torch.testing.assert_close(mean["w"], torch.tensor([2.0, 2.0]))
-    torch.testing.assert_close(mixed["w"], torch.full((2,), 2 * (1 - script.KEPT)))
+    torch.testing.assert_close(mixed["w"], torch.full((2,), 2 * (1 - bundle.KEPT)))
 
 
 def test_the_finalist_with_fewest_errors_in_all_conditions_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,17 +287,17 @@ def test_the_finalist_with_fewest_errors_in_all_conditions_is_chosen(monkeypatch
         clean, worse = seen[-1]
         return float(clean if change is None else worse)
 
-    monkeypatch.setattr(script, "word_error_rate", errors)
+    monkeypatch.setattr(bundle, "word_error_rate", errors)
     bias = torch.zeros(2)
     found = {
         "one": {"lm_head.weight": torch.tensor([[0.1], [0.3]]), "lm_head.bias": bias},
         "other": {"lm_head.weight": torch.tensor([[0.2], [0.25]]), "lm_head.bias": bias},
     }
-    name, figures = script.choose(model, found, [], 0)
+    name, figures = bundle.choose(model, found, [], 0)
     chosen = found["other"]["lm_head.weight"][:, 0].half().float().tolist()
     assert name == "other" and len(figures) == 7 and chosen in seen
     assert model["lm_head"].weight[:, 0].tolist() == chosen
-    assert model["lm_head"].bias.tolist() == [-script.BLANK, 0] and bias.tolist() == [0, 0]
+    assert model["lm_head"].bias.tolist() == [-bundle.BLANK, 0] and bias.tolist() == [0, 0]
     assert figures["clean"] == chosen[0] and figures["at 8 kHz"] == chosen[1]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import site
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.cuda.toolkit import find_in_toolkit
 
 SOURCE = Path(__file__).with_name("pretended_driver.c")
 loaded: list[ctypes.CDLL] = []  # the one driver of this process
@@ -32,23 +33,17 @@ def install() -> None:
 
     Must come before numba.cuda looks for a GPU. Raises ``RuntimeError`` without the ``cuda`` extra or a C compiler.
     """
-    found = [path for folder in site.getsitepackages() for path in Path(folder).glob("nvidia/cu*/include/cuda.h")]
-    if not found:
+    header = find_in_toolkit("include/cuda.h")
+    if header is None:
         raise RuntimeError("cuda.h is not installed; install the extra: pip install -e '.[test,cuda]'.")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
-        command = [
-            os.environ.get("CC", "cc"),
-            "-O1",
-            "-fPIC",
-            "-shared",
-            f"-Wl,-soname,{library.name}",
-            f"-I{found[0].parent}",
-        ]
+        compiler = os.environ.get("CC", "cc")
+        options = ["-O1", "-fPIC", "-shared", f"-Wl,-soname,{library.name}", f"-I{header.parent}", "-o", library]
         try:
-            run = subprocess.run([*command, "-o", library, SOURCE, "-ldl", "-lpthread"], capture_output=True, text=True)
+            run = subprocess.run([compiler, *options, SOURCE, "-ldl", "-lpthread"], capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise RuntimeError(f"the C compiler {command[0]} is not installed.") from error
+            raise RuntimeError(f"the C compiler {compiler} is not installed.") from error
         if run.returncode:
             raise RuntimeError(f"{SOURCE.name} does not compile:\n{run.stderr}")
         loaded.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))

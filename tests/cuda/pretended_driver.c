@@ -14,6 +14,7 @@
 #include <elf.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +27,7 @@
 #define CONTEXT ((CUcontext)0x11)
 
 /* What pretended_counts gives, in this order. */
-static struct { long launches, to_device, to_host, on_device, graph_launches, graph_kernels, held, trouble; } counts;
+static struct { atomic_long launches, to_device, to_host, on_device, graph_launches, graph_kernels, held, trouble; } counts;
 static size_t capacity = (size_t)16 << 30;
 static int break_captures;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -118,13 +119,6 @@ CUresult cuMemGetInfo(size_t *free, size_t *total)
     return CUDA_SUCCESS;
 }
 
-CUresult cuPointerGetAttribute(void *out, CUpointer_attribute attribute, CUdeviceptr address)
-{
-    if (attribute != CU_POINTER_ATTRIBUTE_CONTEXT) return CUDA_ERROR_NOT_SUPPORTED;
-    *(CUcontext *)out = CONTEXT;
-    return CUDA_SUCCESS;
-}
-
 /* -------------------------------------------------------------------------------------------- device and context */
 
 CUresult cuInit(unsigned flags)
@@ -135,8 +129,6 @@ CUresult cuInit(unsigned flags)
 
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
-CUresult cuDeviceTotalMem(size_t *bytes, CUdevice device) { *bytes = capacity; return CUDA_SUCCESS; }
 CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) { memset(uuid, 7, sizeof *uuid); return CUDA_SUCCESS; }
 
 CUresult cuDeviceGetName(char *name, int size, CUdevice device)
@@ -166,7 +158,6 @@ static __thread int depth;
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = CONTEXT; return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) { return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = depth ? stack[depth - 1] : NULL; return CUDA_SUCCESS; }
-CUresult cuCtxSynchronize(void) { return CUDA_SUCCESS; }
 
 CUresult cuCtxPushCurrent(CUcontext context)
 {
@@ -196,7 +187,6 @@ CUresult cuCtxGetDevice(CUdevice *device)
 
 /* ----------------------------------------------------------------------------------- modules: what a kernel takes */
 
-typedef struct { char *image; } Module;
 typedef struct { char name[512]; int count; struct { unsigned offset, bytes; } parameters[256]; } Kernel;
 
 static const Elf64_Shdr *sections(const char *image) { return (void *)(image + ((Elf64_Ehdr *)image)->e_shoff); }
@@ -212,16 +202,14 @@ CUresult cuLibraryLoadData(CUlibrary *library, const void *code, CUjit_option *a
         size_t end = section->sh_offset + section->sh_size;
         if (section->sh_type != SHT_NOBITS && end > bytes) bytes = end;
     }
-    Module *module = malloc(sizeof *module);
-    module->image = memcpy(malloc(bytes), code, bytes);
-    *library = (CUlibrary)module;
+    *library = memcpy(malloc(bytes), code, bytes);
     return CUDA_SUCCESS;
 }
 
 /* The section .nv.info.NAME of machine code says of each parameter, under attribute 0x17, where it lies and how long it is. */
 CUresult cuLibraryGetKernel(CUkernel *out, CUlibrary library, const char *name)
 {
-    const char *image = ((Module *)library)->image;
+    const char *image = (char *)library;
     const Elf64_Ehdr *head = (void *)image;
     const char *names = image + sections(image)[head->e_shstrndx].sh_offset;
     Kernel *kernel = calloc(1, sizeof *kernel);
@@ -254,21 +242,10 @@ CUresult cuLibraryGetKernel(CUkernel *out, CUlibrary library, const char *name)
 
 CUresult cuLibraryUnload(CUlibrary library) { return CUDA_SUCCESS; }
 
-CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel)
-{
-    *function = (CUfunction)kernel;
-    return CUDA_SUCCESS;
-}
-
 CUresult cuKernelGetAttribute(int *value, CUfunction_attribute attribute, CUkernel kernel, CUdevice device)
 {
     *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
     return CUDA_SUCCESS;
-}
-
-CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function)
-{
-    return cuKernelGetAttribute(value, attribute, (CUkernel)function, 0);
 }
 
 /* ------------------------------------------------------------------------------ streams, graphs, copies, launches */
@@ -299,7 +276,6 @@ CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priori
 }
 
 CUresult cuStreamDestroy(CUstream stream) { free(stream); return CUDA_SUCCESS; }
-CUresult cuStreamGetCtx(CUstream stream, CUcontext *context) { *context = CONTEXT; return CUDA_SUCCESS; }
 CUresult cuStreamSynchronize(CUstream stream) { expect(stream, "waiting", 0); return CUDA_SUCCESS; }
 
 CUresult cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode mode)
@@ -337,7 +313,6 @@ CUresult cuGraphInstantiateWithParams(CUgraphExec *out, CUgraph graph, CUDA_GRAP
 CUresult cuGraphDestroy(CUgraph graph) { return CUDA_SUCCESS; }
 CUresult cuGraphExecDestroy(CUgraphExec graph) { return CUDA_SUCCESS; }
 CUresult cuGraphRetainUserObject(CUgraph graph, CUuserObject object, unsigned n, unsigned f) { return CUDA_SUCCESS; }
-CUresult cuUserObjectRelease(CUuserObject object, unsigned count) { return CUDA_SUCCESS; }
 CUresult cuGraphReleaseUserObject(CUgraph graph, CUuserObject object, unsigned n) { return CUDA_SUCCESS; }
 
 CUresult cuUserObjectCreate(CUuserObject *out, void *object, CUhostFn destroy, unsigned count, unsigned flags)
@@ -412,13 +387,6 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                        unsigned shared, CUstream stream, void **given, void **extra)
-{
-    CUlaunchConfig config = {gx, gy, gz, bx, by, bz, shared, stream, NULL, 0};
-    return cuLaunchKernelEx(&config, function, given, extra);
-}
-
 CUresult cuGraphLaunch(CUgraphExec graph, CUstream stream)
 {
     expect(stream, "a graph", 0);
@@ -436,7 +404,6 @@ CUresult cuGetErrorName(CUresult error, const char **name)
     return CUDA_SUCCESS;
 }
 
-CUresult cuGetErrorString(CUresult error, const char **text) { *text = "said the pretended driver"; return CUDA_SUCCESS; }
 static CUresult not_supported(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 
 /* cuda.h gives a function's newest form its plain name; the symbol is then called NAME_v2 or so. */

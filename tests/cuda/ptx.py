@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import site
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from numba.cuda import compiler, dispatcher
+
+from tests.cuda.toolkit import find_in_toolkit
 
 TARGETS = ((7, 5), (8, 0), (9, 0))  # Turing, Ampere, Hopper
 SHARED_BYTES = 48 * 1024  # of a block, without asking the driver for more
@@ -38,11 +39,8 @@ class Usage:
 
 
 def find_assembler() -> Path | None:
-    """ptxas of the installed toolkit: the ``cuda`` extra brings it."""
-    for folder in site.getsitepackages():
-        for found in sorted(Path(folder).glob("nvidia/cu*/bin/ptxas")):
-            return found
-    return None
+    """ptxas of the installed toolkit."""
+    return find_in_toolkit("bin/ptxas")
 
 
 @contextlib.contextmanager

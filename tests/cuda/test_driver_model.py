@@ -99,7 +99,7 @@ def test_a_thousand_calls_take_no_more_memory(bundled: Any) -> None:
         model(noise(int(RNG(seed).integers(720, 32_000))))
         if seed == 100:
             held = pool.held
-    assert pool.held <= 1.1 * held
+    assert pool.held <= 1.1 * held  # places come in sizes an eighth apart: a hundred lengths have met nearly all
 
 
 def test_long_and_short_and_padded(bundled: Any) -> None:
@@ -190,17 +190,20 @@ def test_a_recording_that_breaks_off_costs_nothing_but_speed(bundled: Any) -> No
 
 
 def test_no_room(bundled: Any) -> None:
-    """Recordings and shelves are given up for what needs the room; without any, one sentence, and all goes on."""
+    """Shelves and recordings are given up for what needs the room; without any, one sentence, and all goes on."""
     model = on_new_device(bundled)
-    for _ in range(3):
-        model(noise(16_000))
+    queue = queue_of(model)
+    for samples in (240_000, 245_000, 250_000, 255_000):
+        for _ in range(3):
+            model(noise(samples))
+    assert len(queue.recordings.kept) == 4
     gc.collect()
     give_back()
-    set_capacity(counts().held + 40_000_000)
-    assert model(noise(240_000)).logits.shape[1] == 749
-    set_capacity(counts().held + 1_000_000)
+    set_capacity(counts().held)  # the shelves hold what 16 s need, and each recording as much; a minute needs more
+    assert model(noise(960_000)).logits.shape[1] == 2999
+    assert not queue.recordings.kept
     with pytest.raises(MemoryError, match=r"needs about .* GB at once, but .* GB are free|no room for another .* GB"):
-        model(noise(1_600_000))
+        model(noise(4_800_000))
     set_capacity(16 * GIGABYTE)
     for _ in range(3):
         assert model(noise(16_000)).logits.shape == (1, 49, 32)
@@ -211,15 +214,12 @@ def test_what_is_free_is_what_the_driver_says() -> None:
     assert free_bytes(cuda) == 5_000_000
 
 
-def test_our_own_products_and_no_recordings(bundled: Any) -> None:
-    model = on_new_device(bundled, Device(None, None))
+def test_without_recordings_every_pass_is_launched(bundled: Any) -> None:
+    model = on_new_device(bundled, Device())
     before = counts()
     for _ in range(3):
         model(noise(16_000))
-    assert asked(before).graph_launches == 0
-    assert (
-        "our own tiled kernel" in on_new_device(bundled, Device(None, capture_graph)).ops.describe()["matrix products"]
-    )
+    assert asked(before).graph_launches == 0 and asked(before).launches % 3 == 0
 
 
 def test_the_driver_would_notice() -> None:
