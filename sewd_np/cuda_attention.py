@@ -17,6 +17,11 @@ number, no lookup per pair. (The same r serves both terms: the log bucket is an 
 Far tiles. Where all differences of a tile share the first or the last bucket (beyond about 510 frames with the
 published tables), c2p is one number per query, found once, and p2c one number per key: a third of the work is left.
 
+Parts. A GPU runs some number of blocks at once and the rest in further rounds; a last round that is nearly empty costs
+as much as a full one. Where shorter blocks fill the rounds better, the keys are cut into parts, each with blocks of its
+own, and ``combine_kernel`` adds what they found: an online softmax over parts instead of tiles. It takes room for one
+more context a part, which grows with the length like everything else.
+
 All sums are float32, all addresses 64-bit: qkv of ten minutes has 35 million numbers, and that is no limit. A masked
 score is −1e30, not −∞, so that no difference of two infinities can arise; its weight 2^(−1e30 − m) is exactly 0.
 """
@@ -30,11 +35,12 @@ from typing import Any
 import numpy as np
 
 from sewd_np.attention import log_bucket
-from sewd_np.cuda_intrinsics import cuda, exp2, kernel, load, store
+from sewd_np.cuda_intrinsics import cuda, exp2, float32, kernel, load, load4, static_range, store, store4, zero4
 from sewd_np.cuda_tiled_attention import MASKED, ZERO, Tile, shared_room, tiled_kernel
 
 SHARED_FLOATS = 48 * 1024 // 4  # of a block, without asking the driver for more
 PLAIN_THREADS = 128
+COMBINING_THREADS = 256
 
 LARGE = Tile(side=8, rows=8, columns=4, chunk=8, resident=4)  # 64 queries, 32 keys, 64 threads
 SHORT = Tile(side=16, rows=2, columns=2, chunk=16, resident=2)  # 32 queries, 32 keys, 256 threads
@@ -42,7 +48,11 @@ SMALLER = (  # for larger heads
     Tile(side=8, rows=4, columns=2, chunk=4, resident=4),
     Tile(side=8, rows=2, columns=2, chunk=4, resident=4),
 )
-ENOUGH_BLOCKS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200
+ENOUGH_BLOCKS = 2 * MULTIPROCESSORS
+MOST_PARTS = 4
+PART_TILES = 16  # tiles of keys that a part has at least
+PART_COST = 0.05  # of a part beyond the first, by the time of all: its queries are read and its context written again
 
 
 # ------------------------------------------------------------------ relative positions
@@ -110,6 +120,50 @@ def plain_kernel(head_size: int, c2p: bool, p2c: bool, padded: bool, mask_querie
     return plain_attention
 
 
+# ------------------------------------------------------------------------------- parts
+
+
+@cache
+def combine_kernel(head_size: int) -> Any:
+    """Thread (b, i, four columns): the parts' contexts, weighted by their shares of the softmax. At most 64 registers.
+
+    context = Σ w_p · context_p / Σ w_p with w_p = sum_p · 2^(largest_p − largest), the scores being in base 2.
+    """
+    E = head_size
+
+    @kernel(threads=COMBINING_THREADS)
+    def combine(found, batch, frames, heads, parts, out):
+        at = (cuda.blockIdx.x * COMBINING_THREADS + cuda.threadIdx.x) * 4
+        d = heads * E
+        numbers = batch * frames * d
+        if at >= numbers:
+            return
+        row = at // d  # b · t + i
+        b = row // frames
+        h = (at - row * d) // E
+        first = parts * numbers + ((b * heads + h) * frames + row - b * frames) * 2
+        step = batch * heads * frames * 2
+        largest = MASKED
+        for part in range(parts):
+            largest = max(largest, load(found, first + part * step))
+        total = ZERO
+        sums = cuda.local.array(4, float32)
+        for z in static_range(4):
+            sums[z] = ZERO
+        for part in range(parts):
+            weight = exp2(load(found, first + part * step) - largest) * load(found, first + part * step + 1)
+            total += weight
+            context = load4(found, part * numbers + at)
+            for z in static_range(4):
+                sums[z] += weight * context[z]
+        if total == ZERO:  # no part had a key to attend to; a NaN goes the other way
+            zero4(out, at)
+        else:
+            store4(out, at, sums[0] / total, sums[1] / total, sums[2] / total, sums[3] / total)
+
+    return combine
+
+
 # --------------------------------------------------------------------------- launching
 
 
@@ -128,6 +182,30 @@ def choose_tile(head_size: int, frames: int, pairs: int) -> Tile | None:
     return None
 
 
+def choose_parts(tile: Tile | None, frames: int, pairs: int) -> int:
+    """Into how many parts the keys are cut: what takes the least time if every round of blocks takes as long.
+
+    One for v1, and for ``SHORT``, whose threads have no register left for it.
+    """
+    if tile is None or tile == SHORT:
+        return 1
+    blocks = -(-frames // tile.queries) * pairs
+    at_once = tile.resident * MULTIPROCESSORS
+
+    def rounds(parts: int) -> float:
+        return -(-blocks * parts // at_once) / parts * (1 + PART_COST * (parts - 1))
+
+    most = min(MOST_PARTS, -(-frames // tile.keys) // PART_TILES)
+    return min(range(1, max(most, 1) + 1), key=rounds)
+
+
+def attention_scratch(batch: int, frames: int, heads: int, head_size: int, parts: int | None = None) -> int:
+    """float32 numbers of scratch that ``disentangled_attention`` wants: none where the keys stay together."""
+    if parts is None:
+        parts = choose_parts(choose_tile(head_size, frames, batch * heads), frames, batch * heads)
+    return 0 if parts == 1 else parts * batch * heads * frames * (head_size + 2)
+
+
 def disentangled_attention(
     stream: Any,
     qkv: Any,
@@ -138,25 +216,35 @@ def disentangled_attention(
     scale: float,
     lengths: Any | None,
     mask_queries: bool,
+    scratch: Any,
     out: Any,
     tile: Tile | None = None,
+    parts: int | None = None,
 ) -> None:
     """Context of disentangled self-attention: qkv (b, t, 3d) → out (b, t, d), all of it written.
 
     ``pos_key`` and ``pos_query`` are the tables (h, p, e), None where there is no such term; ``rows`` is
     ``relative_rows`` on the device, None where there are no tables; ``lengths`` (b,) int32 or None; ``scale`` divides
     the scores. Every recording without a valid frame, and with ``mask_queries`` every padded frame, gives zeros.
-    ``tile`` overrules ``choose_tile``.
+    ``scratch``: ``attention_scratch`` numbers; anything where that is none. ``tile`` and ``parts`` overrule
+    ``choose_tile`` and ``choose_parts``.
     """
     batch, frames, width = out.shape
-    tile = tile or choose_tile(width // heads, frames, batch * heads)
+    size, pairs = width // heads, batch * heads
+    tile = tile or choose_tile(size, frames, pairs)
+    parts = parts or choose_parts(tile, frames, pairs)
     if tile is None:
         plain_attention(stream, qkv, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, out)
         return
     flags = options(pos_key, pos_query, rows, lengths, mask_queries)
-    run = tiled_kernel(tile, width // heads, *flags)
-    grid = (-(-frames // tile.queries), batch * heads)
-    run[grid, tile.threads, stream](*arguments(qkv, heads, pos_key, pos_query, rows, scale, lengths, out))
+    run = tiled_kernel(tile, size, *flags, parts > 1)
+    grid = (-(-frames // tile.queries), pairs, parts)
+    part_keys = -(-frames // tile.keys // parts) * tile.keys
+    given = arguments(qkv, heads, pos_key, pos_query, rows, scale, lengths)
+    run[grid, tile.threads, stream](*given, part_keys, out if parts == 1 else scratch)
+    if parts > 1:
+        blocks = -(-out.size // (4 * COMBINING_THREADS))
+        combine_kernel(size)[blocks, COMBINING_THREADS, stream](scratch, batch, frames, heads, parts, out)
 
 
 def plain_attention(
@@ -171,11 +259,11 @@ def plain_attention(
     mask_queries: bool,
     out: Any,
 ) -> None:
-    """v1 with the arguments of ``disentangled_attention``."""
+    """v1 with the arguments of ``disentangled_attention``, of which it needs no scratch."""
     batch, frames, width = out.shape
     run = plain_kernel(width // heads, *options(pos_key, pos_query, rows, lengths, mask_queries))
     grid = (-(-frames // PLAIN_THREADS), batch * heads)
-    run[grid, PLAIN_THREADS, stream](*arguments(qkv, heads, pos_key, pos_query, rows, scale, lengths, out))
+    run[grid, PLAIN_THREADS, stream](*arguments(qkv, heads, pos_key, pos_query, rows, scale, lengths), out)
 
 
 def options(pos_key: Any, pos_query: Any, rows: Any, lengths: Any, mask_queries: bool) -> tuple[bool, bool, bool, bool]:
@@ -190,11 +278,11 @@ def options(pos_key: Any, pos_query: Any, rows: Any, lengths: Any, mask_queries:
 
 
 def arguments(
-    qkv: Any, heads: int, pos_key: Any, pos_query: Any, rows: Any, scale: float, lengths: Any, out: Any
+    qkv: Any, heads: int, pos_key: Any, pos_query: Any, rows: Any, scale: float, lengths: Any
 ) -> tuple[Any, ...]:
-    """A kernel's arguments. qkv stands in for each array that is absent: code that would read it is not compiled."""
+    """What both kernels are given first. qkv stands in for each absent array: no code that reads it is compiled."""
     tables = [table for table in (pos_key, pos_query) if table is not None]
     buckets = tables[0].shape[1] if tables else 0
     in_base_2 = np.float32(math.log2(math.e) / scale)
     absent = (array if array is not None else qkv for array in (pos_key, pos_query, rows, lengths))
-    return qkv, *absent, out.shape[1], heads, buckets, in_base_2, out
+    return qkv, *absent, qkv.shape[1], heads, buckets, in_base_2

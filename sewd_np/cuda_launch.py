@@ -332,8 +332,10 @@ class Device:
         out = self._take(batch, frames, width // 3)
         pos_key, pos_query, rows = raw((*positions, index))
         lengths = self._lengths(lengths_b, frames)
+        wanted = cuda_attention.attention_scratch(batch, frames, heads, width // 3 // heads)
+        scratch = self._take(wanted) if wanted else out
         cuda_attention.disentangled_attention(
-            self.stream, qkv.data, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, out.data
+            self.stream, qkv.data, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, scratch.data, out.data
         )
         return out
 

@@ -10,6 +10,9 @@ One step of the walk along the keys, a tile of them at a time:
     softmax = online: the new largest score scales down what has been summed
     context += weights · V                                                   in registers
 
+With ``split`` a block walks one part of the keys only, block index z says which, and leaves what it found for
+``cuda_attention.combine_kernel``.
+
 A block waits for all its threads twice in a far tile (three times with p2c) and twice in each chunk of a near one. The
 weights go through shared memory to the lanes of the same warp only.
 """
@@ -107,8 +110,14 @@ def shared_room(tile: Tile, head_size: int) -> Room:
 
 
 @cache
-def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool, mask_queries: bool) -> Any:
-    """v2: block (tile of queries, b·h). At most 255 registers with 64 threads, 144 with 256."""
+def tiled_kernel(
+    tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool, mask_queries: bool, split: bool = False
+) -> Any:
+    """v2: block (tile of queries, b·h, part of the keys). At most 255 registers with 64 threads, 144 with 256.
+
+    ``split``: each part has ``part_keys`` keys, a whole number of tiles. ``out`` then is one row: the parts' contexts,
+    each (b, t, d), then for every query of (part, b, h, t) the largest score and the sum of the weights.
+    """
     E, R, ROWS, COLUMNS, CHUNK, THREADS = head_size, tile.side, tile.rows, tile.columns, tile.chunk, tile.threads
     QUERIES, KEYS = tile.queries, tile.keys
     SIDE_BITS = R.bit_length() - 1
@@ -127,7 +136,7 @@ def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool,
     CHUNK_PASSES, BAND_PASSES = -(-KEYS // NARROW_PASS), -(-(QUERIES + KEYS - 1) // NARROW_PASS)
 
     @kernel(threads=THREADS, blocks=tile.resident)
-    def attention(qkv, pos_key, pos_query, rows, lengths, frames, heads, buckets, scale, out):
+    def attention(qkv, pos_key, pos_query, rows, lengths, frames, heads, buckets, scale, part_keys, out):
         memory = cuda.shared.array(SHARED, float32, alignment=16)
         scores = cuda.local.array((ROWS, COLUMNS), float32)
         context = cuda.local.array((ROWS, WIDTH), float32)
@@ -150,9 +159,15 @@ def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool,
         live = frames  # queries that attend to anything
         if mask_queries:
             live = valid
+        begin = 0  # keys that this block walks
         walk = valid
         if first >= live:
             walk = 0
+        page = b  # of ``out``
+        if split:
+            begin = cuda.blockIdx.z * part_keys
+            walk = min(walk, begin + part_keys)
+            page = cuda.blockIdx.z * (cuda.gridDim.y // heads) + b
         recording = b * frames * 3 * d + h * E  # where q of frame 0 begins; k and v lie d and 2d further on
         table = h * buckets * E
 
@@ -193,7 +208,7 @@ def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool,
                 store(memory, ROW_TERMS + i, at_start)
                 store(memory, ROW_TERMS + QUERIES + i, at_end)
 
-        for keys in range(0, walk, KEYS):
+        for keys in range(begin, walk, KEYS):
             # The band: rows[lowest] is the tile's smallest difference. Ends are clamped like the frames.
             lowest = first - keys - (KEYS - 1) + frames - 1
             far = True
@@ -297,11 +312,16 @@ def tiled_kernel(tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool,
         for a in range(ROWS):
             whole = group_sum(total[a], R, 2)
             i = first + y + R * a
+            if split and x == 0 and i < frames:
+                pages = cuda.gridDim.z * (cuda.gridDim.y // heads)
+                sums = pages * frames * d + ((page * heads + h) * frames + i) * 2
+                store(out, sums, largest[a] if i < live else MASKED)
+                store(out, sums + 1, whole if i < live else ZERO)
             for g in range(GROUPS):
                 column = 4 * x + g * V_GROUP
                 if i < frames and column < E:
-                    target = (b * frames + i) * d + h * E + column
-                    if walk > 0 and i < live:
+                    target = (page * frames + i) * d + h * E + column
+                    if walk > begin and i < live:
                         inverse = ONE / whole
                         store4(
                             out,

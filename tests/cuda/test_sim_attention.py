@@ -7,6 +7,7 @@ barrier that some threads miss raises (``fastsim``).
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,22 @@ def case(
     return qkv, pos_key, pos_query, np.full((batch, frames, heads * size), np.nan, np.float32)
 
 
+def run(tile: Tile | None, *given: Any) -> None:
+    """``disentangled_attention`` with as much scratch as it asks for, or v1; the last of ``given``: result, parts."""
+    *inputs, out, parts = given
+    if tile is None:
+        cuda_attention.plain_attention(0, *inputs, out)
+        return
+    batch, frames, width = out.shape
+    heads = inputs[1]
+    scratch = empty(cuda_attention.attention_scratch(batch, frames, heads, width // heads, parts))
+    cuda_attention.disentangled_attention(0, *inputs, scratch, out, tile=tile, parts=parts)
+
+
+def empty(*shape: int) -> Array:
+    return np.full(shape, np.nan, np.float32)
+
+
 def compare(
     tile: Tile | None,
     frames: int,
@@ -44,6 +61,7 @@ def compare(
     heads: int = HEADS,
     buckets: int = BUCKETS,
     max_distance: int = 8,
+    parts: int = 1,
 ) -> None:
     """``tile`` None: v1."""
     span = buckets if buckets > 0 else 6
@@ -52,11 +70,7 @@ def compare(
     pos_query = pos_query if tables in ("both", "p2c") else None
     rows = cuda_attention.relative_rows(frames, buckets, max_distance, span) if tables != "none" else None
     known = None if lengths is None else np.array(lengths, np.int32)
-    given = (0, qkv, heads, pos_key, pos_query, rows, 3.0, known, mask_queries, out)
-    if tile is None:
-        cuda_attention.plain_attention(*given)
-    else:
-        cuda_attention.disentangled_attention(*given, tile=tile)
+    run(tile, qkv, heads, pos_key, pos_query, rows, 3.0, known, mask_queries, out, parts)
     index = attention.relative_index(frames, buckets, max_distance, span)
     want = attention.disentangled_attention(qkv, heads, (pos_key, pos_query), index, 3.0, known, mask_queries)
     assert error_between(out, want) <= TOLERANCE
@@ -101,10 +115,9 @@ def test_padding_is_never_read() -> None:
     rows = cuda_attention.relative_rows(12, BUCKETS, 8, BUCKETS)
     qkv[:, 9:] = np.nan
     lengths = np.array([9], np.int32)
-    for mask_queries, tile in itertools.product((False, True), (None, SMALL)):
-        run = cuda_attention.plain_attention if tile is None else cuda_attention.disentangled_attention
+    for mask_queries, (tile, parts) in itertools.product((False, True), ((None, 1), (SMALL, 1), (SMALL, 2))):
         out.fill(np.nan)
-        run(0, qkv, 1, pos_key, pos_query, rows, 3.0, lengths, mask_queries, out)
+        run(tile, qkv, 1, pos_key, pos_query, rows, 3.0, lengths, mask_queries, out, parts)
         assert np.isfinite(out[:, :9]).all()
         assert (out[:, 9:] == 0).all() if mask_queries else np.isnan(out[:, 9:]).all()
 
@@ -132,6 +145,45 @@ def test_other_tables(buckets: int, max_distance: int) -> None:
     compare(SMALL, 30, heads=1, buckets=buckets, max_distance=max_distance)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("frames", [1, 9, 40])
+def test_keys_in_parts(frames: int, parts: int) -> None:
+    """Parts of whole tiles, a last one that is shorter, and parts that have nothing."""
+    compare(SMALL, frames, parts=parts)
+
+
+@pytest.mark.parametrize("tables", ["c2p", "p2c", "none"])
+def test_parts_of_every_combination_of_tables(tables: str) -> None:
+    compare(SMALL, 25, tables=tables, parts=2)
+
+
+@pytest.mark.parametrize("mask_queries", [False, True])
+def test_parts_of_padded_recordings(mask_queries: bool) -> None:
+    """Recordings that end in the second part, at its edge, in the first, and before they begin."""
+    compare(SMALL, 18, batch=5, lengths=[18, 17, 16, 3, 0], mask_queries=mask_queries, heads=1, parts=2)
+
+
+def test_a_nan_in_one_part_reaches_the_result() -> None:
+    qkv, pos_key, pos_query, out = case(17, heads=1)
+    rows = cuda_attention.relative_rows(17, BUCKETS, 8, BUCKETS)
+    qkv[:, 16, SIZE] = np.nan  # of a key in the second part
+    run(SMALL, qkv, 1, pos_key, pos_query, rows, 3.0, None, False, out, 2)
+    assert np.isnan(out).all()
+
+
+def test_into_how_many_parts_keys_are_cut() -> None:
+    """Where the last round would be nearly empty, into more; where the rounds are full or the clip is short, not."""
+    large = cuda_attention.LARGE
+    at_once = large.resident * cuda_attention.MULTIPROCESSORS
+    assert cuda_attention.choose_parts(large, 64 * 16, at_once // 16) == 1
+    assert cuda_attention.choose_parts(large, 64 * 16, at_once // 16 + 1) == 2  # two rounds, or three half as long
+    assert cuda_attention.choose_parts(large, 64 * 10, at_once) == 1
+    assert cuda_attention.choose_parts(large, 4000, 12) == 2
+    assert [cuda_attention.choose_parts(tile, 1000, 12) for tile in (None, cuda_attention.SHORT)] == [1, 1]
+    assert cuda_attention.attention_scratch(1, 4000, 12, 64) == 2 * 12 * 4000 * 66
+    assert cuda_attention.attention_scratch(32, 250, 12, 64) == 0
+
+
 def test_which_kernel_runs() -> None:
     """The tuned tiles at 64; smaller ones for large heads; v1 where a head is no whole number of 128-bit reads."""
     assert cuda_attention.choose_tile(64, 4000, 12) == cuda_attention.LARGE
@@ -147,7 +199,7 @@ def test_which_kernel_runs() -> None:
 def test_a_head_size_of_seven_runs_v1() -> None:
     qkv, pos_key, pos_query, out = case(9, size=7)
     rows = cuda_attention.relative_rows(9, BUCKETS, 8, BUCKETS)
-    cuda_attention.disentangled_attention(0, qkv, HEADS, pos_key, pos_query, rows, 2.0, None, False, out)
+    cuda_attention.disentangled_attention(0, qkv, HEADS, pos_key, pos_query, rows, 2.0, None, False, out, out)
     index = attention.relative_index(9, BUCKETS, 8, BUCKETS)
     want = attention.disentangled_attention(qkv, HEADS, (pos_key, pos_query), index, 2.0)
     assert error_between(out, want) <= TOLERANCE
@@ -158,7 +210,7 @@ def test_large_scores_do_not_overflow() -> None:
     qkv, pos_key, pos_query, out = case(17, heads=1)
     qkv *= 12
     rows = cuda_attention.relative_rows(17, BUCKETS, 8, BUCKETS)
-    cuda_attention.disentangled_attention(0, qkv, 1, pos_key, pos_query, rows, 1.0, None, False, out, tile=SMALL)
+    run(SMALL, qkv, 1, pos_key, pos_query, rows, 1.0, None, False, out, 1)
     index = attention.relative_index(17, BUCKETS, 8, BUCKETS)
     exact = [array.astype(np.float64) for array in (qkv, pos_key, pos_query)]
     want = attention.disentangled_attention(exact[0], 1, (exact[1], exact[2]), index, 1.0)
@@ -167,10 +219,6 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 # -------------------------------------------------------------------------- stage by stage
-
-
-def empty(*shape: int) -> Array:
-    return np.full(shape, np.nan, np.float32)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 18])

@@ -66,6 +66,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_conv, "feature_encoder_scratch", scratch)
     attention_tile = lambda size, *_: ATTENTION_TILE if size % 4 == 0 else None  # noqa: E731
     monkeypatch.setattr(cuda_attention, "choose_tile", attention_tile)
+    attention_parts = lambda tile, frames, _: 2 if tile is not None and frames > 10 else 1  # noqa: E731
+    monkeypatch.setattr(cuda_attention, "choose_parts", attention_parts)
 
 
 # ----------------------------------------------------------------------- single operations
