@@ -6,8 +6,8 @@ The recogniser's convolutions and lower layers already know what letters sound l
 shared, so the classifier stores only what it learns, its last two transformer layers, the upsampling and its head. What
 the lower layers give is computed once for thousands of augmented words; training on that is quick.
 The words are AN4's, cut apart by forced alignment, and text-to-speech; "unknown" is every other word, pieces of
-LibriSpeech, keywords played backwards, noise, tones and silence. Each is heard at another place in another stretch of
-silence, room and noise.
+LibriSpeech, keywords played backwards, several in a row, noise, tones and silence. Each is heard at another place in
+another stretch of silence, room and noise.
 """
 
 from __future__ import annotations
@@ -61,17 +61,25 @@ def label_of(word: str) -> int:
 
 @dataclass
 class Words:
-    """Words to draw from: every keyword as often, "unknown" as six of them."""
+    """Words to draw from: every keyword as often, "unknown" as seven of them."""
 
     by_label: list[list[Array]]
     other: list[Array]
     rng: np.random.Generator
 
+    def keyword(self, longest: int = RATE) -> Array:
+        """Any keyword, said in fewer than ``longest`` samples."""
+        while True:
+            said = self.by_label[int(self.rng.integers(UNKNOWN))]
+            wave = said[int(self.rng.integers(len(said)))]
+            if len(wave) < longest:
+                return wave
+
     def draw(self, samples: int) -> tuple[Array, int]:
         """An augmented word somewhere in ``samples`` of silence or noise, and its label."""
         rng = self.rng
         weights = np.ones(len(LABELS))
-        weights[UNKNOWN] = 6
+        weights[UNKNOWN] = 7
         label = int(rng.choice(len(LABELS), p=weights / weights.sum()))
         pool = self.by_label[label]
         wave = pool[int(rng.integers(len(pool)))]
@@ -82,8 +90,9 @@ class Words:
             sentence = self.other[int(rng.integers(len(self.other)))]
             wave = sentence[int(rng.integers(len(sentence) // 2)) :][: int(rng.uniform(0.3, 1.5) * RATE)]
         elif label == UNKNOWN and kind < 0.65:  # a keyword's sounds in the wrong order are not the keyword
-            keyword = self.by_label[int(rng.integers(UNKNOWN))]
-            wave = keyword[int(rng.integers(len(keyword)))][::-1]
+            wave = self.keyword()[::-1]
+        elif label == UNKNOWN and kind < 0.77:  # nor are several of them, of which at least two are heard
+            wave = np.concatenate([self.keyword(samples // 2) for _ in range(rng.integers(2, 5))])
         wave = change_speed(wave, rng.uniform(0.85, 1.18))[:samples]
         before = int(rng.integers(samples - len(wave) + 1))
         canvas = np.pad(wave, (before, samples - len(wave) - before))

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 from scipy import fft
-from spelled_names import NAMES
+from spelled_names import random_name
 
 Array = np.ndarray
 RATE = 16_000
@@ -91,18 +91,22 @@ def random_text(rng: np.random.Generator) -> str:
     def some(words: Sequence[str], least: int, most: int) -> list[str]:
         return [str(word) for word in rng.choice(words, rng.integers(least, most + 1))]
 
+    def below_hundred() -> list[str]:
+        return some(TENS, 1, 1) + some(DIGITS[2:], 0, 1) if rng.random() < 0.7 else some(TEENS, 1, 1)
+
     def number() -> list[str]:
-        tens = some(TENS, 1, 1) + some(DIGITS[2:], 0, 1) if rng.random() < 0.7 else some(TEENS, 1, 1)
-        if rng.random() < 0.2:
-            return [*some(DIGITS[2:], 1, 1), str(rng.choice(["HUNDRED", "THOUSAND"])), *tens]
-        return tens
+        if rng.random() < 0.7:
+            return below_hundred()
+        words = [*some(DIGITS[2:], 1, 1), "THOUSAND"] if rng.random() < 0.4 else []
+        words += [*some(DIGITS[2:], 1, 1), "HUNDRED"] if not words or rng.random() < 0.7 else []
+        return words if rng.random() < 0.2 else [*words, *(["AND"] if rng.random() < 0.4 else []), *below_hundred()]
 
     kind = rng.choice(
         ["letters", "digits", "numbers", "mixed", "date", "command", "street"],
-        p=[0.24, 0.2, 0.16, 0.18, 0.08, 0.1, 0.04],
+        p=[0.22, 0.16, 0.18, 0.16, 0.16, 0.08, 0.04],
     )
     if kind == "letters":
-        return " ".join(some(LETTERS, 1, 8))
+        return " ".join(random_name(rng) if rng.random() < 0.5 else some(LETTERS, 1, 8))
     if kind == "digits":
         return " ".join(some(DIGITS, 1, 8))
     if kind == "numbers":
@@ -112,9 +116,13 @@ def random_text(rng: np.random.Generator) -> str:
         return " ".join(some(COMMANDS, 0, 1) + middle)
     if kind == "date":
         day = [*([str(rng.choice(["TWENTY", "THIRTY"]))] if rng.random() < 0.3 else []), str(rng.choice(ORDINALS))]
-        return " ".join([*some(MONTHS, 1, 1), *day, *(["NINETEEN", *number()] if rng.random() < 0.6 else [])])
+        month = some(MONTHS, 1, 1)
+        year = ["NINETEEN", *below_hundred()] if rng.random() < 0.6 else []
+        return " ".join([*day, "OF", *month, *year] if rng.random() < 0.2 else [*month, *day, *year])
     if kind == "command":
         return " ".join(some(COMMANDS, 1, 2))
+    if rng.random() < 0.5:
+        return " ".join([*number(), "AND", "A", "HALF"])
     return " ".join([*some(["AND", "HALF", "AREA CODE", "APOSTROPHE", "OF"], 1, 1), *some(DIGITS, 1, 3)])
 
 
@@ -223,10 +231,10 @@ def recombine(words: Sequence[tuple[str, Array]], rng: np.random.Generator, spel
         takes: dict[str, list[Array]] = {}
         for word, wave in words:
             takes.setdefault(word, []).append(wave)
-        possible = [name for name in NAMES if takes.keys() >= set(name)]
+        drawn = (random_name(rng) for _ in range(100))
+        possible = next((name for name in drawn if takes.keys() >= set(name)), "")
         if possible:
-            letters = str(rng.choice(possible))
-            chosen = [(letter, takes[letter][int(rng.integers(len(takes[letter])))]) for letter in letters]
+            chosen = [(letter, takes[letter][int(rng.integers(len(takes[letter])))]) for letter in possible]
     fade = np.linspace(0, 1, 160, dtype=np.float32)
     pieces = []
     for _, wave in chosen:

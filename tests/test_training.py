@@ -247,13 +247,13 @@ def test_the_classifier_in_two_halves_is_the_whole_one(samples: int) -> None:
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_keyword_backwards_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every word is drawn whole and with its own label; some of what is unknown is a keyword's sound in reverse."""
+def test_a_keyword_backwards_and_several_at_once_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word is drawn whole and with its own label; some of what is unknown is keywords in reverse or in a row."""
     monkeypatch.setattr(keywords, "augment", lambda wave, other, rng: wave)
     monkeypatch.setattr(keywords, "change_speed", lambda wave, factor: wave)
     ramps = [np.arange(1, 40, dtype=np.float32) + 100 * label for label in range(len(keywords.LABELS))]
     words = keywords.Words([[ramp] for ramp in ramps], [np.full(32_000, -1, np.float32)], RNG(0))
-    reversed_ones = 0
+    reversed_ones = rows = 0
     for _ in range(400):
         wave, label = words.draw(30_000)
         sound = wave[wave != 0]
@@ -263,7 +263,18 @@ def test_a_keyword_backwards_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None
         elif len(sound) == 39 and sound[0] > sound[-1]:
             reversed_ones += 1
             np.testing.assert_array_equal(sound[::-1], ramps[int(sound[-1]) // 100])
-    assert 3 < reversed_ones < 30
+        elif len(sound) in (78, 117, 156) and sound[0] > 0:
+            rows += 1
+            for one in np.split(sound, len(sound) // 39):
+                np.testing.assert_array_equal(one, ramps[int(one[0]) // 100])
+                assert one[0] < 100 * keywords.UNKNOWN
+    assert 3 < reversed_ones < 30 and 3 < rows < 40
+
+
+def test_at_least_two_keywords_of_a_row_fit() -> None:
+    words = keywords.Words([[np.ones(900, np.float32), np.ones(100, np.float32)]] * len(keywords.LABELS), [], RNG(0))
+    assert {len(words.keyword(500)) for _ in range(50)} == {100}
+    assert {len(words.keyword()) for _ in range(50)} == {100, 900}
 
 
 def test_one_finalist_lies_between_the_last_checkpoints_and_the_first() -> None:

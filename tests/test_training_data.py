@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import hearing
@@ -10,6 +11,7 @@ import pronounce
 import pytest
 import training_data as data
 from scipy import signal
+from spelled_names import name_lists, random_name
 
 RNG = np.random.default_rng
 
@@ -66,13 +68,22 @@ def test_recombined_words_say_what_the_text_says() -> None:
 
 
 def test_names_are_spelled_as_far_as_a_speakers_letters_go() -> None:
-    words = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLI")]
-    names = {name for name in data.NAMES if set(name) <= set("ANERTOLI")}
+    words = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLISDMC")]
     said = {data.recombine(words, RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
-    assert len(said) > 10 and said <= names
-    assert all(name.isalpha() and name.isupper() for name in data.NAMES)
+    assert len(said) > 20 and said <= set(itertools.chain(*(listed for listed, _ in name_lists())))
     only_z = [("Z", np.full(1000, 0.1, np.float32))]  # no name can be spelled: words in any order
     assert set(data.recombine(only_z, RNG(0), spelled=1.0).text.split()) == {"Z"}
+
+
+def test_names_are_drawn_from_all_lists_the_common_ones_more_often() -> None:
+    rng = RNG(0)
+    drawn = [random_name(rng) for _ in range(3000)]
+    assert all(name.isascii() and name.isalpha() and name.isupper() and 2 <= len(name) <= 14 for name in drawn)
+    assert len(set(drawn)) > 2000
+    for listed, ends in name_lists():
+        assert np.mean([name in set(listed) for name in drawn]) > 0.25
+        assert np.all(np.diff(ends) > 0) and ends[-1] == pytest.approx(1)
+    assert drawn.count("MARY") > 5 and {"PITTSBURGH", "NEWYORK"} <= set(name_lists()[2][0])
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
