@@ -9,9 +9,6 @@ INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
 INSTALLED_SIM := $(VENV)/.installed-sim
 INSTALLED_CUDA := $(VENV)/.installed-cuda
-# Numba keeps a compiled CUDA kernel until that kernel's own file changes, even if what it calls has changed: so a cache
-# for each set of files. (The CPU's kernels see to this themselves: cpu_gemm.compiled.)
-NUMBA_CACHE = NUMBA_CACHE_DIR=$(CURDIR)/.numba/$$(cat sewd_np/cuda_*.py | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sim test-ptx test-driver test-gpu check parity bench bench-gpu notebooks notebooks-write clean
@@ -74,11 +71,11 @@ test-ptx: $(INSTALLED_CUDA)
 
 # What is around the kernels: copies, memory, graphs, threads, what kernels are given.
 test-driver: $(INSTALLED_CUDA)
-	$(NUMBA_CACHE) PRETENDED_DRIVER=1 $(BIN)/python -m pytest -q tests/cuda/test_driver_*.py
+	PRETENDED_DRIVER=1 $(BIN)/python -m pytest -q tests/cuda/test_driver_*.py
 
 test-gpu: $(INSTALLED_CUDA)
-	$(NUMBA_CACHE) $(BIN)/sewd-np info an4 --backend cuda
-	$(NUMBA_CACHE) $(BIN)/python -m pytest -q -m gpu tests/cuda/test_gpu_*.py
+	$(BIN)/sewd-np info an4 --backend cuda
+	$(BIN)/python -m pytest -q -m gpu tests/cuda/test_gpu_*.py
 
 check: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -93,8 +90,8 @@ bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks.cpu
 
 bench-gpu: $(INSTALLED_CUDA)
-	$(NUMBA_CACHE) $(BIN)/sewd-np info an4 --backend cuda
-	$(NUMBA_CACHE) $(BIN)/python -m benchmarks.gpu
+	$(BIN)/sewd-np info an4 --backend cuda
+	$(BIN)/python -m benchmarks.gpu
 
 notebooks: $(INSTALLED_NOTEBOOKS)
 	$(BIN)/python notebooks/run.py
@@ -103,5 +100,5 @@ notebooks-write: $(INSTALLED_NOTEBOOKS)
 	$(BIN)/python notebooks/run.py --write
 
 clean:
-	rm -rf $(VENV) .numba build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,9 +21,9 @@ Arrays come flat with an offset, a row stride and a count; that is what a view i
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from sewd_np import __version__
+from sewd_np.sources import fingerprint, kept_on_disk
 
 Array = np.ndarray
 
@@ -58,30 +58,13 @@ COLUMNS = VECTORS * LANES  # width of a packed panel
 FEW_ROWS = 4  # a second, lower tile for the rows that are left over
 
 
-def fingerprint(folder: Path) -> str:
-    """A short name for the sources of all kernels, ``cpu_*.py`` in ``folder``; for the version where there are none."""
-    texts = [path.read_bytes() for path in sorted(folder.glob("cpu_*.py"))] or [__version__.encode()]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
-
-
-SOURCES = fingerprint(Path(__file__).parent)
+SOURCES = fingerprint(Path(__file__).parent, "cpu_*.py")
 
 
 def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``njit`` for a kernel: without Python's lock, cached on disk where a folder can be written to.
-
-    Numba takes a kernel from disk as long as the kernel's own file is unchanged, even if one that it calls has changed.
-    But it looks for it under its name, so that is made to tell all sources apart.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        function.__qualname__ += f"_{SOURCES}"
-        try:
-            return njit(nogil=True, error_model="numpy", cache=True, **flags)(function)
-        except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in each process
-            return njit(nogil=True, error_model="numpy", **flags)(function)
-
-    return decorate
+    """``njit`` for a kernel: without Python's lock, kept on disk until any of the CPU's kernels changes."""
+    jit = partial(njit, nogil=True, error_model="numpy", **flags)
+    return lambda function: kept_on_disk(jit, function, SOURCES)
 
 
 kernel = compiled()

@@ -16,12 +16,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 
 from sewd_np.cuda_unroll import static_range, unrolled
+from sewd_np.sources import fingerprint, kept_on_disk
 
 # Any: numba-cuda takes the place of a module of Numba's own, whose types describe neither it nor what a kernel may do.
 cuda: Any = importlib.import_module("numba.cuda")
@@ -29,6 +32,7 @@ float32: Any = numba.float32
 int32: Any = numba.int32
 SIMULATED = bool(importlib.import_module("numba.core.config").ENABLE_CUDASIM)
 ALL_LANES = 0xFFFFFFFF
+SOURCES = fingerprint(Path(__file__).parent, "cuda_*.py")
 
 __all__ = [
     "SIMULATED",
@@ -67,7 +71,7 @@ def kernel(threads: int, blocks: int = 0) -> Callable[[Callable], Any]:
     ``blocks`` asks the compiler to use so few registers that this many blocks fit on a multiprocessor; 0 asks nothing.
     No fast-math flags: they would assume that NaN and infinity do not occur, and a NaN in the sound has to reach the
     result as it does in NumPy; a · b + c in one rounding needs no flag. No link-time optimisation: what the compile
-    tests measure is then what runs. The compiled kernel is kept on disk beside the source.
+    tests measure is then what runs. Kept on disk until any of the GPU's kernels changes.
     """
 
     def decorate(function: Callable) -> Any:
@@ -75,7 +79,7 @@ def kernel(threads: int, blocks: int = 0) -> Callable[[Callable], Any]:
         if SIMULATED:
             return cuda.jit(body)
         bounds = (threads, blocks) if blocks else threads
-        return cuda.jit(launch_bounds=bounds, lto=False, cache=True)(body)
+        return kept_on_disk(partial(cuda.jit, launch_bounds=bounds, lto=False), body, SOURCES)
 
     return decorate
 

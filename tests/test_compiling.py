@@ -22,6 +22,7 @@ from numba.core.event import Event, EventStatus
 
 from sewd_np import cpu_gemm
 from sewd_np.cpu_compiling import EACH_TIME, LOGGER, ONCE, Notice
+from sewd_np.sources import fingerprint, kept_on_disk
 
 ROOT = Path(__file__).parent.parent
 NORM = """
@@ -132,12 +133,24 @@ def test_a_changed_callee_is_compiled_into_its_callers(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_all_kernel_sources(tmp_path: Path) -> None:
-    nothing = cpu_gemm.fingerprint(tmp_path)  # a package without sources goes by its version
+    nothing = fingerprint(tmp_path, "cpu_*.py")  # a package without sources goes by its version
     (tmp_path / "layers.py").write_text("no kernel")
-    assert cpu_gemm.fingerprint(tmp_path) == nothing
+    assert fingerprint(tmp_path, "cpu_*.py") == nothing
     seen = {nothing}
     for name, text in (("cpu_a.py", "ab"), ("cpu_b.py", "c"), ("cpu_a.py", "a"), ("cpu_b.py", "bc")):
         (tmp_path / name).write_text(text)
-        seen.add(cpu_gemm.fingerprint(tmp_path))
+        seen.add(fingerprint(tmp_path, "cpu_*.py"))
     assert len(seen) == 5 and all(part.isalnum() for part in seen)
-    assert cpu_gemm.fingerprint(Path(cpu_gemm.__file__).parent) == cpu_gemm.SOURCES
+    assert fingerprint(Path(cpu_gemm.__file__).parent, "cpu_*.py") == cpu_gemm.SOURCES
+
+
+def test_where_nothing_can_be_kept_each_process_compiles() -> None:
+    def jit(cache: bool = False) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: ("compiled", function.__qualname__)
+
+    def kernel() -> None: ...
+
+    name = kernel.__qualname__
+    assert kept_on_disk(jit, kernel, "abc") == ("compiled", f"{name}_abc")
