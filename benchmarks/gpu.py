@@ -103,9 +103,10 @@ def attention(heads: int = 12, size: int = 64) -> None:
         qkv = device.from_numpy(rng.standard_normal((1, frames, 3 * heads * size)))
         tables = [device.from_numpy(rng.standard_normal((heads, 512, size))) for _ in range(2)]
         out, rows = device.from_numpy(np.zeros((1, frames, heads * size))), device.relative_index(frames, 256, 512, 256)
-        scratch = device.from_numpy(np.zeros(max(cuda_attention.attention_scratch(1, frames, heads, size), 1)))
+        wanted = cuda_attention.attention_scratch(1, frames, heads, size)
+        scratch = device.from_numpy(np.zeros(wanted)).data if wanted else None
         inputs = (qkv.data, heads, tables[0].data, tables[1].data, rows.data, (3 * size) ** 0.5, None, False)
-        given = (*inputs, scratch.data, out.data)
+        given = (*inputs, out.data, scratch)
 
         config = reference.SEWDConfig(hidden_size=heads * size, num_attention_heads=heads)
         module = reference.DisentangledSelfAttention(config).eval().cuda()

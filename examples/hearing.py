@@ -10,6 +10,7 @@ from typing import Any
 import jiwer
 import numpy as np
 import torch
+import torch.nn.functional as F
 from training_data import Array, Clip, align, cut_words, normalize
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
@@ -40,6 +41,19 @@ def word_error_rate(model: Any, clips: list[Clip], change: Any = None) -> float:
     waves = [clip.wave() if change is None else change(clip.wave()) for clip in clips]
     heard = [decode(log_probs(model, wave).argmax(-1)) for wave in waves]
     return float(jiwer.wer([clip.text for clip in clips], heard))
+
+
+def loss_per_letter(model: Any, clips: list[Clip], change: Any = None) -> float:
+    """CTC loss, by the letters and spaces of all texts. ``change`` does something to each wave before."""
+    model.eval()
+    total, letters = 0.0, 0
+    for clip in clips:
+        scores = torch.from_numpy(log_probs(model, clip.wave() if change is None else change(clip.wave())))
+        labels = torch.tensor([encode(clip.text)])
+        sizes = torch.tensor([len(scores)]), torch.tensor([labels.shape[1]])
+        total += float(F.ctc_loss(scores[:, None], labels, *sizes, reduction="sum", zero_infinity=True))
+        letters += labels.shape[1]
+    return total / letters
 
 
 def words_by_speaker(model: Any, clips: list[Clip]) -> list[list[tuple[str, Array]]]:

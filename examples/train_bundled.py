@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bundle import average, check_twin, choose, export, finalists
+from bundle import average, check_twin, choose, export, finalists, lowered
 from fast_twin import has_bfloat16, lower, onward, upper
 from hearing import encode, word_error_rate, words_by_speaker
 from muon import Muon
@@ -420,6 +420,7 @@ def main() -> None:
         model: Any = SEWDForCTC.from_pretrained(options.init, dtype=torch.float32)
         # A checkpoint made without SpecAugment lacks this vector, and transformers leaves it as memory was.
         torch.nn.init.uniform_(model.sew_d.masked_spec_embed)
+        model.lm_head.bias.data[0] += lowered(options.init)
     else:
         model = SEWDForCTC(SEWDConfig(**CONFIG))
     pronunciations = Pronunciations(clip.text for corpus in clips.values() for clip in corpus)

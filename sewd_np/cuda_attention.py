@@ -216,8 +216,8 @@ def disentangled_attention(
     scale: float,
     lengths: Any | None,
     mask_queries: bool,
-    scratch: Any,
     out: Any,
+    scratch: Any | None = None,
     tile: Tile | None = None,
     parts: int | None = None,
 ) -> None:
@@ -226,13 +226,13 @@ def disentangled_attention(
     ``pos_key`` and ``pos_query`` are the tables (h, p, e), None where there is no such term; ``rows`` is
     ``relative_rows`` on the device, None where there are no tables; ``lengths`` (b,) int32 or None; ``scale`` divides
     the scores. Every recording without a valid frame, and with ``mask_queries`` every padded frame, gives zeros.
-    ``scratch``: ``attention_scratch`` numbers; anything where that is none. ``tile`` and ``parts`` overrule
+    ``scratch``: ``attention_scratch`` numbers; without it the keys stay together. ``tile`` and ``parts`` overrule
     ``choose_tile`` and ``choose_parts``.
     """
     batch, frames, width = out.shape
     size, pairs = width // heads, batch * heads
     tile = tile or choose_tile(size, frames, pairs)
-    parts = parts or choose_parts(tile, frames, pairs)
+    parts = 1 if scratch is None else parts or choose_parts(tile, frames, pairs)
     if tile is None:
         plain_attention(stream, qkv, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, out)
         return

@@ -333,9 +333,9 @@ class Device:
         pos_key, pos_query, rows = raw((*positions, index))
         lengths = self._lengths(lengths_b, frames)
         wanted = cuda_attention.attention_scratch(batch, frames, heads, width // 3 // heads)
-        scratch = self._take(wanted) if wanted else out
+        scratch = self._take(wanted) if wanted else None
         cuda_attention.disentangled_attention(
-            self.stream, qkv.data, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, scratch.data, out.data
+            self.stream, qkv.data, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, out.data, raw(scratch)
         )
         return out
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import bundle
 import fast_twin as twin
+import hearing
 import muon
 import numpy as np
 import pronounce
@@ -15,8 +16,11 @@ import torch
 import train_bundled as script
 import train_keywords as keywords
 import training_data as data
+from safetensors.torch import save_file
 from transformers import SEWDForCTC, SEWDForSequenceClassification
 
+import sewd_np
+from sewd_np.losses import ctc_negative_log_likelihood
 from tests.reference import SMALL, build
 
 RNG = np.random.default_rng
@@ -288,17 +292,16 @@ def test_one_finalist_lies_between_the_last_checkpoints_and_the_first() -> None:
     torch.testing.assert_close(mixed["w"], torch.full((2,), 2 * (1 - bundle.KEPT)))
 
 
-def test_the_finalist_with_fewest_errors_in_all_conditions_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_finalist_with_the_lowest_loss_in_all_conditions_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the one that is best on clean recordings. Its figures are those of the weights as they are exported."""
     model: Any = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(1, 2)})
-    seen = []
 
-    def errors(model: Any, dev: Any, change: Any) -> float:
-        seen.append(model["lm_head"].weight[:, 0].tolist())
-        clean, worse = seen[-1]
+    def weight_of_condition(model: Any, dev: Any, change: Any) -> float:
+        clean, worse = model["lm_head"].weight[:, 0].tolist()
         return float(clean if change is None else worse)
 
-    monkeypatch.setattr(bundle, "word_error_rate", errors)
+    monkeypatch.setattr(bundle, "loss_per_letter", weight_of_condition)
+    monkeypatch.setattr(bundle, "word_error_rate", weight_of_condition)
     bias = torch.zeros(2)
     found = {
         "one": {"lm_head.weight": torch.tensor([[0.1], [0.3]]), "lm_head.bias": bias},
@@ -306,10 +309,28 @@ def test_the_finalist_with_fewest_errors_in_all_conditions_is_chosen(monkeypatch
     }
     name, figures = bundle.choose(model, found, [], 0)
     chosen = found["other"]["lm_head.weight"][:, 0].half().float().tolist()
-    assert name == "other" and len(figures) == 7 and chosen in seen
+    assert name == "other" and len(figures) == 7
     assert model["lm_head"].weight[:, 0].tolist() == chosen
     assert model["lm_head"].bias.tolist() == [-bundle.BLANK, 0] and bias.tolist() == [0, 0]
     assert figures["clean"] == chosen[0] and figures["at 8 kHz"] == chosen[1]
+
+
+def test_an_exported_file_says_by_how_much_the_blank_is_lower(tmp_path: Path) -> None:
+    assert bundle.lowered(tmp_path) == 0  # a checkpoint of another kind
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert bundle.lowered(tmp_path) == 0
+    assert bundle.lowered(Path(sewd_np.__file__).parent / "assets" / "an4") == bundle.BLANK
+
+
+def test_loss_per_letter_is_ctc_by_the_letters_of_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.log_softmax(torch.from_numpy(RNG(0).standard_normal((12, 32))), -1).numpy()
+    monkeypatch.setattr(hearing, "log_probs", lambda model, wave: scores[: len(wave)])
+    clips = [data.Clip(np.ones(size, np.int16), text, "") for size, text in ((12, "A BB"), (7, "NO"))]
+    want = sum(
+        ctc_negative_log_likelihood(scores[: len(clip.samples)], np.array(hearing.encode(clip.text)), blank=0)
+        for clip in clips
+    )
+    assert hearing.loss_per_letter(torch.nn.Identity(), clips) == pytest.approx(want / 6, rel=1e-6)
 
 
 def test_learning_rate_rises_and_falls() -> None:

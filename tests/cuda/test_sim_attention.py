@@ -42,8 +42,9 @@ def run(tile: Tile | None, *given: Any) -> None:
         return
     batch, frames, width = out.shape
     heads = inputs[1]
-    scratch = empty(cuda_attention.attention_scratch(batch, frames, heads, width // heads, parts))
-    cuda_attention.disentangled_attention(0, *inputs, scratch, out, tile=tile, parts=parts)
+    wanted = cuda_attention.attention_scratch(batch, frames, heads, width // heads, parts)
+    scratch = empty(wanted) if wanted else None
+    cuda_attention.disentangled_attention(0, *inputs, out, scratch, tile, parts)
 
 
 def empty(*shape: int) -> Array:
@@ -199,7 +200,7 @@ def test_which_kernel_runs() -> None:
 def test_a_head_size_of_seven_runs_v1() -> None:
     qkv, pos_key, pos_query, out = case(9, size=7)
     rows = cuda_attention.relative_rows(9, BUCKETS, 8, BUCKETS)
-    cuda_attention.disentangled_attention(0, qkv, HEADS, pos_key, pos_query, rows, 2.0, None, False, out, out)
+    cuda_attention.disentangled_attention(0, qkv, HEADS, pos_key, pos_query, rows, 2.0, None, False, out)
     index = attention.relative_index(9, BUCKETS, 8, BUCKETS)
     want = attention.disentangled_attention(qkv, HEADS, (pos_key, pos_query), index, 2.0)
     assert error_between(out, want) <= TOLERANCE
