@@ -1,4 +1,4 @@
-"""What a model hears: letters from its scores, how many words of a set of recordings are wrong, where each word is.
+"""What a model hears: letters from its scores, how wrong they are, in words and by CTC, and where each word is.
 
 Used by both training scripts. Greedy CTC throughout: no language model, no beam.
 """
@@ -43,16 +43,25 @@ def word_error_rate(model: Any, clips: list[Clip], change: Any = None) -> float:
     return float(jiwer.wer([clip.text for clip in clips], heard))
 
 
+def ctc(logits: Any, frames: Any, labels: list[list[int]]) -> Any:
+    """Mean CTC loss per letter, or per phoneme, of a batch."""
+    sizes = torch.tensor([len(ids) for ids in labels])
+    flat = torch.tensor([i for ids in labels for i in ids], dtype=torch.long)
+    scores = torch.log_softmax(logits.float(), -1).transpose(0, 1)
+    frames = frames.clamp(max=len(scores))
+    loss = F.ctc_loss(scores, flat, frames, sizes, reduction="sum", zero_infinity=True)
+    return loss / max(int(sizes.sum()), 1)
+
+
 def loss_per_letter(model: Any, clips: list[Clip], change: Any = None) -> float:
     """CTC loss, by the letters and spaces of all texts. ``change`` does something to each wave before."""
     model.eval()
     total, letters = 0.0, 0
     for clip in clips:
         scores = torch.from_numpy(log_probs(model, clip.wave() if change is None else change(clip.wave())))
-        labels = torch.tensor([encode(clip.text)])
-        sizes = torch.tensor([len(scores)]), torch.tensor([labels.shape[1]])
-        total += float(F.ctc_loss(scores[:, None], labels, *sizes, reduction="sum", zero_infinity=True))
-        letters += labels.shape[1]
+        labels = encode(clip.text)
+        total += float(ctc(scores[None], torch.tensor([len(scores)]), [labels])) * len(labels)
+        letters += len(labels)
     return total / letters
 
 

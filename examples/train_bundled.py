@@ -49,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bundle import average, check_twin, choose, export, finalists, lowered
 from fast_twin import has_bfloat16, lower, onward, upper
-from hearing import encode, word_error_rate, words_by_speaker
+from hearing import ctc, encode, word_error_rate, words_by_speaker
 from muon import Muon
 from pronounce import Pronunciations
 from training_data import (
@@ -188,16 +188,6 @@ class Store:
                 batches.append([])
             batches[-1].append(clip)
         return [batches[i] for i in self.rng.permutation(len(batches))[:BATCHES]]
-
-
-def ctc(logits: Any, frames: Any, labels: list[list[int]]) -> Any:
-    """Mean CTC loss per letter, or per phoneme, of a batch."""
-    sizes = torch.tensor([len(ids) for ids in labels])
-    flat = torch.tensor([i for ids in labels for i in ids], dtype=torch.long)
-    scores = torch.log_softmax(logits.float(), -1).transpose(0, 1)
-    frames = frames.clamp(max=len(scores))
-    loss = F.ctc_loss(scores, flat, frames, sizes, reduction="sum", zero_infinity=True)
-    return loss / max(int(sizes.sum()), 1)
 
 
 def rate_at(progress: float, peak: float = PEAK_RATE) -> float:

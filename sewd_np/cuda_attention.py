@@ -52,7 +52,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 ENOUGH_BLOCKS = 2 * MULTIPROCESSORS
 MOST_PARTS = 4
 PART_TILES = 16  # tiles of keys that a part has at least
-PART_COST = 0.05  # of a part beyond the first, by the time of all: its queries are read and its context written again
+PART_COST = 0.05  # of each further part, as a share of the whole: its queries are read and its context written again
 
 
 # ------------------------------------------------------------------ relative positions
