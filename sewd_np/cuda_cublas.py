@@ -71,14 +71,15 @@ def address(array: Any) -> int:
 class Cublas:
     """cuBLAS bound to one stream. ``workspace`` is a device array of WORKSPACE bytes that it may scribble on."""
 
-    def __init__(self, library: Any, stream: int, workspace: Any) -> None:
+    def __init__(self, library: Any, stream: Any, workspace: Any) -> None:
         self.library = library
         self.workspace = workspace
+        self.stream = stream  # held: it must not be destroyed before the handle that is bound to it
         self.handle = ctypes.c_void_p()
         check(library.cublasCreate_v2(ctypes.byref(self.handle)), "cublasCreate")
         check(library.cublasSetMathMode(self.handle, DEFAULT_MATH), "cublasSetMathMode")
         # In this order: setting the stream takes the workspace away again.
-        check(library.cublasSetStream_v2(self.handle, stream), "cublasSetStream")
+        check(library.cublasSetStream_v2(self.handle, int(stream.handle)), "cublasSetStream")
         check(library.cublasSetWorkspace_v2(self.handle, address(workspace), WORKSPACE), "cublasSetWorkspace")
 
     def __del__(self) -> None:

@@ -67,7 +67,7 @@ class Device:
         self.cublas: Cublas | None = None
         if library is not None:
             workspace = allocate(cuda, WORKSPACE // 4)
-            self.cublas = Cublas(library, int(self.stream.handle), workspace)
+            self.cublas = Cublas(library, self.stream, workspace)
             self.products = f"cuBLAS {version(library)}, float32, TF32 off"
 
     def _take(self, *shape: int) -> DeviceArray:

@@ -313,7 +313,7 @@ def test_cublas_is_set_up_and_multiplies_by_rows() -> None:
     library = declare(FakeCublas())
     assert version(library) == "13.0.2"
     library.said.clear()
-    cublas = Cublas(library, 99, OnHost(np.empty(8, np.float32)))
+    cublas = Cublas(library, SimpleNamespace(handle=99), OnHost(np.empty(8, np.float32)))
     # Full float32; and the workspace after the stream, which would take it away.
     assert library.said == ["create", DEFAULT_MATH, "math", 99, "stream", WORKSPACE, "workspace"]
     rng = np.random.default_rng(0)

@@ -28,12 +28,10 @@ from sewd_np.transcribe import hear
 pytestmark = pytest.mark.gpu
 Array = np.ndarray
 
-# 13 convolutions, up to 24 layers and sums over up to 3,000 numbers, each of a relative precision of 2^-24, on both
-# sides; relative to the largest logit. PyTorch's own float32 is as far from float64.
-PARITY = 2e-4
-# Against ourselves on the CPU: the same, but PyTorch's share.
-CPU = 1e-4
-ALONE = 1e-5
+# Logits of the random models stay below 1, so these are absolute. On the CPU ours and PyTorch's differ by 6e-7 (tiny,
+# 0.5 s). Random weights attend to all frames alike, so a mistake in few of them hardly shows: `test_gpu_attention.py`
+# looks at that kernel with scores that matter.
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +47,12 @@ def full_float32() -> Iterator[None]:
 def tiny() -> tuple[Any, Any, Any]:
     """transformers' tiny, ours on the GPU, ours on the CPU."""
     reference = peers.transformers_model("tiny")
-    return reference, peers.our_model(reference, "cuda"), peers.our_model(reference, "numba")
+    return reference, peers.our_model(reference, "cuda"), on_the_cpu(reference)
+
+
+def on_the_cpu(reference: Any) -> Any:
+    """Ours in float32 everywhere, whatever unit the processor has."""
+    return peers.our_model(reference, "numba", precision="highest")
 
 
 def on_device(model: Any, device: Device) -> Any:
@@ -60,14 +63,14 @@ def on_device(model: Any, device: Device) -> Any:
 @pytest.mark.parametrize("shape", peers.SHAPES)
 def test_published_shapes(shape: str) -> None:
     reference = peers.transformers_model(shape)
-    gpu, cpu = peers.our_model(reference, "cuda"), peers.our_model(reference, "numba")
+    gpu, cpu = peers.our_model(reference, "cuda"), on_the_cpu(reference)
     for seconds in (0.1, 3.3, 10):
         wave_bn = np.concatenate([peers.audio(seconds, seed) for seed in range(2)])
         with torch.inference_mode():
             want = reference(torch.from_numpy(wave_bn)).logits.numpy()
         got = gpu(wave_bn).logits
-        assert error_between(got, want) <= PARITY
-        assert error_between(got, cpu(wave_bn).logits) <= CPU
+        assert error_between(got, want) <= TOLERANCE
+        assert error_between(got, cpu(wave_bn).logits) <= TOLERANCE
 
 
 def test_every_trace_point(tiny: tuple[Any, Any, Any]) -> None:
@@ -76,7 +79,7 @@ def test_every_trace_point(tiny: tuple[Any, Any, Any]) -> None:
     gpu(peers.audio(2), trace=mine)
     cpu(peers.audio(2), trace=theirs)
     assert list(mine) == list(points(gpu.config, "ctc"))
-    assert {row.status for row in compare(mine, theirs, CPU)} == {"OK"}
+    assert {row.status for row in compare(mine, theirs, TOLERANCE)} == {"OK"}
 
 
 @pytest.mark.parametrize("padding", ["transformers", "original"])
@@ -84,7 +87,8 @@ def test_padded_batches(tiny: tuple[Any, Any, Any], padding: Any) -> None:
     _, gpu, cpu = tiny
     wave_bn = np.concatenate([peers.audio(5, seed) for seed in range(3)])
     mask = (np.arange(80_000) < np.array([80_000, 30_001, 400 * 3])[:, None]).astype(np.int32)
-    assert error_between(gpu(wave_bn, mask, padding=padding).logits, cpu(wave_bn, mask, padding=padding).logits) <= CPU
+    mine, want = (model(wave_bn, mask, padding=padding).logits for model in (gpu, cpu))
+    assert error_between(mine, want) <= TOLERANCE
 
 
 def test_recordings_of_a_batch_are_as_alone(tiny: tuple[Any, Any, Any]) -> None:
@@ -95,7 +99,7 @@ def test_recordings_of_a_batch_are_as_alone(tiny: tuple[Any, Any, Any]) -> None:
     together = gpu(wave_bn, mask, padding="alone").logits
     for b, length in enumerate(lengths):
         alone = gpu(wave_bn[b : b + 1, :length]).logits[0]
-        assert error_between(together[b, : len(alone)], alone) <= ALONE
+        assert error_between(together[b, : len(alone)], alone) <= TOLERANCE
 
 
 def test_transcripts_do_not_depend_on_the_batch() -> None:
@@ -111,14 +115,14 @@ def test_transcripts_do_not_depend_on_the_batch() -> None:
 def test_ten_minutes_in_one_piece(tiny: tuple[Any, Any, Any]) -> None:
     _, gpu, cpu = tiny
     wave_bn = peers.audio(600)
-    assert error_between(gpu(wave_bn).logits, cpu(wave_bn).logits) <= CPU
+    assert error_between(gpu(wave_bn).logits, cpu(wave_bn).logits) <= TOLERANCE
 
 
 def test_our_own_products(tiny: tuple[Any, Any, Any]) -> None:
     """The same model without cuBLAS; where the machine has none, both are the same."""
     _, gpu, cpu = tiny
     tiled = on_device(gpu, Device(None, capture_graph))
-    assert error_between(tiled(peers.audio(3)).logits, cpu(peers.audio(3)).logits) <= CPU
+    assert error_between(tiled(peers.audio(3)).logits, cpu(peers.audio(3)).logits) <= TOLERANCE
 
 
 def test_a_replayed_pass_is_the_pass(tiny: tuple[Any, Any, Any]) -> None:
@@ -127,14 +131,14 @@ def test_a_replayed_pass_is_the_pass(tiny: tuple[Any, Any, Any]) -> None:
     replayed, plain = on_device(gpu, device), on_device(gpu, plain_device)
     for seed in range(5):
         wave_bn = peers.audio(2, seed)
-        assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= ALONE
+        assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= TOLERANCE
     assert len(device.queue.recordings.kept) == 1 and not plain_device.queue.recordings.kept
     for hundredths in range(KEPT + 2):
         for _ in range(3):
             replayed(peers.audio(1 + hundredths / 100))
     assert len(device.queue.recordings.kept) == KEPT
     wave_bn = peers.audio(2, 9)
-    assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= ALONE
+    assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= TOLERANCE
 
 
 def test_a_thousand_calls_take_no_more_memory(tiny: tuple[Any, Any, Any]) -> None:
@@ -162,7 +166,7 @@ def test_threads_share_a_model(tiny: tuple[Any, Any, Any]) -> None:
     for member in members:
         member.join()
     for i, logits in enumerate(want):
-        assert error_between(got[i], logits) <= ALONE
+        assert error_between(got[i], logits) <= TOLERANCE
 
 
 def test_two_models_record_in_two_threads(tiny: tuple[Any, Any, Any]) -> None:
@@ -185,7 +189,7 @@ def test_two_models_record_in_two_threads(tiny: tuple[Any, Any, Any]) -> None:
         member.join()
     assert len(got) == 2 * 6 * 3, "a thread that failed leaves gaps"
     for (_, i, _), logits in got.items():
-        assert error_between(logits, want[i]) <= ALONE
+        assert error_between(logits, want[i]) <= TOLERANCE
 
 
 def test_no_room_says_what_was_asked(tiny: tuple[Any, Any, Any]) -> None:
@@ -200,4 +204,5 @@ def test_no_room_says_what_was_asked(tiny: tuple[Any, Any, Any]) -> None:
 
 def test_choice_of_products_is_visible() -> None:
     said = get_operations("cuda").describe()
-    assert "cuBLAS" in said["matrix products"] and "compute capability" in said["GPU"]
+    assert said["matrix products"].startswith("cuBLAS " if find_library() else "our own")
+    assert "compute capability" in said["GPU"]

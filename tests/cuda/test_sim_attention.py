@@ -140,6 +140,22 @@ def test_tiles_and_head_sizes(tile: Tile, size: int, frames: int) -> None:
     compare(tile, frames, size=size, heads=1)
 
 
+# What a GPU runs: too many threads here for more than a tail and some padding of each.
+REAL_TILES = [
+    (cuda_attention.SHORT, 64, 1),
+    (cuda_attention.LARGE, 64, 1),
+    (cuda_attention.LARGE, 64, 2),
+    (cuda_attention.SMALLER[0], 96, 2),
+    (cuda_attention.SMALLER[1], 128, 1),
+]
+
+
+@pytest.mark.parametrize("tile, size, parts", REAL_TILES)
+def test_real_tiles(tile: Tile, size: int, parts: int) -> None:
+    frames = tile.keys + 5
+    compare(tile, frames, size=size, heads=1, lengths=[frames - 3], mask_queries=True, parts=parts)
+
+
 @pytest.mark.parametrize("buckets, max_distance", [(2, 4), (6, 9), (-1, -1)])
 def test_other_tables(buckets: int, max_distance: int) -> None:
     """Two buckets: far at once; six: constant stretches that are not the end; one for each distance."""

@@ -51,6 +51,16 @@ def test_tiles_at_every_tail(tile: Tile) -> None:
         assert error_between(out, want) <= TOLERANCE, (rows, inputs, outputs, biased)
 
 
+@pytest.mark.parametrize("tile", [tile for tile, _ in (*WIDE_TILES, *NARROW_TILES)], ids=str)
+def test_real_tiles(tile: Tile) -> None:
+    """What a GPU runs: too many threads here for more than one block."""
+    rows, inputs, outputs = tile.rows - 1, 2 * tile.depth + 3, tile.outputs - 3
+    x, weight, bias = normal(rows, inputs), normal(inputs, outputs), normal(outputs)
+    out = empty(rows, outputs)
+    cuda_gemm.launch(0, linear_shape(rows, inputs, outputs), x, weight, bias, "gelu", out, tile)
+    assert error_between(out, layers.linear(x, weight, bias, "gelu")) <= TOLERANCE
+
+
 def test_the_first_rung() -> None:
     for rows, inputs, outputs in SHAPES:
         x, weight, bias = normal(rows, inputs), normal(inputs, outputs), normal(outputs)
