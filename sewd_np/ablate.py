@@ -42,7 +42,7 @@ def drop_head(layer: int, head: int) -> Edit:
 
 
 def drop_c2c(layer: int | None = None) -> Edit:
-    """Without content-to-content scores q_i · k_j, in one layer or in all: who sits where no longer matters to both.
+    """Without content-to-content scores q_i · k_j, in one layer or in all: no frame asks for another's sound.
 
     The sum of the three terms is not scaled up for the one that is missing; nor is it below. A layer that is no
     whole number is a ``ValueError``, and one that the model lacks is one at the call: so below.

@@ -1,6 +1,6 @@
 """Recordings in: any file libsndfile reads, or an array, becomes one float32 waveform at the model's rate.
 
-The order of work: read → check → mix the channels down to one (their mean) → resample. What the model hears is then
+The order of work: read → mix the channels down to one (their mean) → check → resample. What the model hears is then
 normalised by ``processor.py``, so samples outside ±1 are no mistake, and loudness does not matter from a peak of about
 1e-4 (−80 dB of full scale) to ``LOUDEST``. What is much fainter drowns in the processor's ε and ends as silence.
 

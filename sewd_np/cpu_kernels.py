@@ -3,7 +3,7 @@
 The ladder (measured gains: docs/kernels.md)
 --------------------------------------------
 1. *Plain loops, compiled* (``cpu_gemm.product_v1``, ``cpu_rows.layer_norm_v1``): what the definition says, one number
-   at a time. Already free of Python, yet slower than NumPy, whose products run on a tuned library.
+   at a time. Free of Python, yet a product is still slower than NumPy's, which runs on a tuned library.
 2. *Registers* (``cpu_gemm``): products in tiles that stay in vector registers; B packed once, on load.
 3. *Vector mathematics* (``cpu_math``): erf and exp as polynomials that a loop can take 16 numbers at a time.
 4. *Caches* (``cpu_conv``): a tile of time goes through all 13 convolutions before the next one starts; group norm

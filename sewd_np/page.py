@@ -22,21 +22,22 @@ KINDS = {
     "transcript": Kind(
         "What was heard",
         "From top to bottom: the sound; its spectrogram, that is, how much of each pitch it holds at each moment; "
-        "and the probability that the model gives to each letter, fifty times a second. Most of the time the "
+        "and the probability that the model gives to each letter in each frame. Most of the time the "
         "likeliest answer is the “blank”, which means “nothing new”. A letter fires for a frame or two only, "
         "often later than it is heard, and reading the letters that fire from left to right gives the text; “|” "
         "stands between words.",
     ),
     "features": Kind(
         "The sound becomes frames",
-        "Thirteen convolutions, one after the other, each fed with the one above. Each row of a panel is one of "
+        "Convolutions, one after the other, each fed with the one above. Each row of a panel is one of "
         "its channels, a detector that answers to one pattern of sound. Every second convolution or so takes "
-        "steps of two or more, so the frames become fewer and longer: from 16,000 samples a second down to 50 "
-        "frames.",
+        "steps of two or more, so the frames become fewer and longer: in the published models from 16,000 samples a "
+        "second down to 50 frames.",
     ),
     "similarity": Kind(
         "What the layers make of the frames",
-        "Before the transformer every two neighbouring frames are squeezed into one, which leaves 25 a second. "
+        "Before the transformer neighbouring frames are squeezed into one, in the published models two, which leaves "
+        "25 a second. "
         "Each square compares every moment of the recording with every other as one layer describes them: violet "
         "where two moments are described alike, orange where they are opposite. Blocks along the diagonal are "
         "stretches of one and the same sound. Below, the descriptions themselves.",
@@ -57,7 +58,7 @@ KINDS = {
     "disentangle": Kind(
         "Why it looks there",
         "SEW-D keeps what a frame sounds like and where it stands apart, so the score of every pair is a sum of "
-        "three: what one frame's content wants from the other's content, what it wants from a place so many "
+        "up to three: what one frame's content wants from the other's content, what it wants from a place so many "
         "frames away, and what that place wants from the other's content. The first is a pattern of rows and "
         "columns, the other two run along diagonals. The softmax turns each row of the sum into probabilities.",
     ),

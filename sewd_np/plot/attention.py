@@ -208,7 +208,8 @@ def heads(
     for spine in panel.spines.values():
         spine.set_visible(False)
     figure.colorbar(image, ax=panel, label="attention probability", shrink=min(1.0, 3 / (rows * tile)), aspect=25)
-    title = f"Layer {layers[0]}: all heads" if len(layers) == 1 else "All heads of all layers"
+    of_one = "All heads" if isinstance(out, np.ndarray) else f"Layer {layers[0]}: all heads"
+    title = of_one if len(layers) == 1 else "All heads of all layers"
     figure.suptitle(f"{title}; a tile covers {frames * seconds_per_frame:.3g} s both ways")
     return figure
 
