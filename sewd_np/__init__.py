@@ -42,7 +42,10 @@ _ROOM = {  # where to find a public name that is imported on first use
     "trace": "trace",  # the room itself, for sewd_np.trace.report
     "Word": "decoding",
     "ablate": "ablate",  # a room, for sewd_np.ablate.drop_head
+    "audio": "audio",  # for sewd_np.audio.load_audio
     "clip": "clips",
+    "config": "config",  # for sewd_np.config.ACTIVATIONS
+    "losses": "losses",  # for sewd_np.losses.ctc_lattice
     "plot": "plot",  # the package itself, for sewd_np.plot.attention
 }
 

@@ -26,6 +26,7 @@ from sewd_np.fairseq import config_from, published_vocabulary, read_dictionary, 
 from sewd_np.params import HEADS
 from sewd_np.torch_pickle import CheckpointError
 from sewd_np.weights import (
+    ARCHITECTURES,
     HEAD_TENSORS,
     WEIGHT_NORM_NAMES,
     canonical,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "CheckpointError", "load_model", "read_checkpoint", "save_pretrained"]
 
 ASSETS = Path(__file__).parent / "assets"
-ARCHITECTURES = {"model": "SEWDModel", "ctc": "SEWDForCTC", "classification": "SEWDForSequenceClassification"}
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Small files beside the weights; all but the first may be absent.

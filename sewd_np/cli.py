@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import sewd_np
 from sewd_np.backend import DEFAULT_BACKEND, PRECISIONS
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _options(argv)
     try:
-        code: int = options.run(options)
+        with np.errstate(all="ignore"):  # what comes of an overflow is said in a sentence, where it is read
+            code: int = options.run(options)
         sys.stdout.flush()  # while there is still somebody to say that it cannot be written
     except KeyboardInterrupt:
         _complain("interrupted.")
@@ -68,11 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed arguments. A FILE that may be left out may come after the options too, unlike argparse's own."""
+    """The parsed arguments. Files may stand before, between and after the options, unlike argparse's own."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "file", None) == str(CLIP):
-        options.file = rest.pop()
+    files = rest[1:] if rest[:1] == ["--"] else rest
+    if files is not rest or not any(name.startswith("-") for name in rest):
+        if hasattr(options, "files"):
+            options.files += files
+            return options
+        if len(files) == 1 and getattr(options, "file", None) == str(CLIP):
+            options.file = files[0]
+            return options
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
@@ -329,6 +339,8 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the output cannot be written ({error.strerror}); free some of the disk or write elsewhere."
     if isinstance(error, MemoryError) and not text:
         return "not enough memory; try a shorter recording."
     return text or type(error).__name__

@@ -19,7 +19,7 @@ from sewd_np import plot
 from sewd_np.page import GENERATOR, KINDS, page
 from sewd_np.plot.given import whole
 from sewd_np.trace import LAYER, Trace, points
-from sewd_np.transcribe import Transcript, hear, load, read_labels, read_transcript
+from sewd_np.transcribe import Transcript, check_blank, hear, load, read_labels, read_transcript
 
 if TYPE_CHECKING:
     from sewd_np.model import SEWDModel
@@ -69,6 +69,8 @@ def look(
     kinds = kinds_for(config, reads) if kind is None else [kind]
     if NEEDS_WORDS in kinds and not reads:
         raise ValueError("this model has no CTC head and vocabulary, so there is no transcript to draw.")
+    if reads:
+        check_blank(f"model {str(source)!r}", model)
     chosen = config.num_hidden_layers // 2 if layer is None else layer
     for name, value, count in (("layer", chosen, config.num_hidden_layers), ("head", head, config.num_attention_heads)):
         if whole(value, name) >= count:

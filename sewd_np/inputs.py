@@ -32,7 +32,8 @@ def checked_input(model: SEWDModel, input_values: Any, attention_mask: Any, padd
     """The waveforms (b, n) in the model's dtype, and their valid lengths (b,) or None without a mask.
 
     Raises ``ValueError`` for an unknown padding rule; wrong shape, too few samples, NaN or infinity; a mask of another
-    shape or with other values than 0 and 1; with "alone", a recording that is too short by itself.
+    shape or with other values than 0 and 1; with "alone", padding that is not on the right and a recording that is too
+    short by itself.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; it must be one of {', '.join(PADDINGS)}.")
@@ -57,6 +58,8 @@ def checked_input(model: SEWDModel, input_values: Any, attention_mask: Any, padd
     if not np.isin(mask_bn, (0, 1)).all():
         raise ValueError("attention_mask contains other values than 0 (padding) and 1 (sound).")
     lengths_b = np.count_nonzero(mask_bn, axis=1)  # a sum in a half-precision mask's own dtype would be rounded
+    if padding == "alone" and (mask_bn[:, 1:] > mask_bn[:, :-1]).any():
+        raise ValueError('attention_mask has 0 before a 1; with padding="alone" all padding must be on the right.')
     if padding == "alone" and lengths_b.min() < minimum:
         raise ValueError(f"attention_mask leaves {lengths_b.min()} samples; the model needs at least {minimum}.")
     return wave_bn, lengths_b

@@ -24,7 +24,10 @@ def log_softmax(logits: Array) -> Array:
 
 def ctc_labels(labels_bl: Array, batch: int, vocab_size: int) -> Array:
     """Labels (b, l) as an array, or ``ValueError``: token ids below ``vocab_size``, filled up with −100."""
-    labels_bl = np.asarray(labels_bl)
+    try:
+        labels_bl = np.asarray(labels_bl)
+    except ValueError as error:  # NumPy's own words for rows of different lengths do not say what to do
+        raise ValueError(f"labels are rows of different lengths; fill them up with {IGNORED}.") from error
     if labels_bl.ndim != 2 or len(labels_bl) != batch or labels_bl.dtype.kind not in "iu":
         raise ValueError(
             f"labels have shape {labels_bl.shape} and dtype {labels_bl.dtype}; "
@@ -132,11 +135,20 @@ def ctc_lattice(log_probs_sv: Array, labels: Array, blank: int) -> CTCLattice:
     number, the log-likelihood: each path passes each frame once. The gradient of the loss follows from the posterior:
     ∂(−log_likelihood)/∂logit[s, v] = p[s, v] − Σ_u posterior[s, u] over the symbols u that are v.
 
-    Raises ``ValueError`` where there is no frame.
+    Raises ``ValueError`` where there is no frame, and for a label or blank that is no token id.
     """
-    labels = np.asarray(labels)
-    if len(log_probs_sv) == 0:
-        raise ValueError("log_probs has no frames; a lattice needs at least one.")
+    if np.ndim(log_probs_sv) != 2 or len(log_probs_sv) == 0:
+        raise ValueError(
+            f"log_probs has shape {np.shape(log_probs_sv)}; a lattice needs (frames, tokens), and at least one frame."
+        )
+    tokens = log_probs_sv.shape[1]
+    labels = np.asarray(labels, dtype=None if np.size(labels) else int)
+    whole = labels.ndim == 1 and labels.dtype.kind in "iu"
+    if not whole or not all(0 <= label < tokens and label != blank for label in labels) or not 0 <= blank < tokens:
+        raise ValueError(
+            f"labels are {labels.tolist()} and blank is {blank!r}; they must be whole numbers below the number of "
+            f"tokens, {tokens}, and no label the blank."
+        )
     alphas_su, betas_su = ctc_alphas(log_probs_sv, labels, blank), ctc_betas(log_probs_sv, labels, blank)
     log_likelihood = float(np.logaddexp.reduce(alphas_su[-1, -2:]))
     possible = np.isfinite(log_likelihood)

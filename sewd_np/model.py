@@ -364,6 +364,8 @@ class SEWDModel:
     def __init__(
         self, config: SEWDConfig, params: Mapping[str, Array], ops: Operations, processor: Processor | None = None
     ) -> None:
+        if not hasattr(ops, "prepare"):
+            raise TypeError(f"ops is {ops!r}; it must be operations, such as sewd_np.backend.get_operations('numpy').")
         self.config, self.ops, self.processor = config, ops, processor
         self.params, self.dtype = checked_params(config, self.head, params)
         self.weights: Weights = ops.prepare(self.params, config)

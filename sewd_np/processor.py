@@ -17,6 +17,7 @@ at a time; called with a batch it does what transformers' ``Wav2Vec2FeatureExtra
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -65,11 +66,13 @@ class FeatureExtractor:
         for field in ("do_normalize", "return_attention_mask"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} {where} {getattr(self, field)!r}, expected true or false.")
-        if isinstance(self.padding_value, bool) or not isinstance(self.padding_value, numbers.Real):
-            raise ValueError(f"padding_value {where} {self.padding_value!r}, expected a number, usually 0.")
+        number = isinstance(self.padding_value, numbers.Real) and not isinstance(self.padding_value, bool)
+        if not number or not math.isfinite(self.padding_value):
+            raise ValueError(f"padding_value {where} {self.padding_value!r}, expected a finite number, usually 0.")
         if self.padding_side != "right":
             raise ValueError(f"padding_side {where} {self.padding_side!r}, expected 'right': SEW-D knows no other.")
-        check_rate(self.sampling_rate, "sampling_rate in preprocessor_config.json")
+        if check_rate(self.sampling_rate, "sampling_rate in preprocessor_config.json") % 1:
+            raise ValueError(f"sampling_rate {where} {self.sampling_rate!r}, expected a whole number, such as 16000.")
         if self.extra.get("feature_size", 1) != 1:
             raise ValueError(f"feature_size {where} {self.extra['feature_size']!r}, expected 1: one waveform.")
         kind = self.extra.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
@@ -100,9 +103,10 @@ class FeatureExtractor:
         if sampling_rate is not None and check_rate(sampling_rate) != self.sampling_rate:
             raise ValueError(
                 f"The recording has {sampling_rate:g} samples per second, but the model was trained on "
-                f"{self.sampling_rate}; resample it first: sewd_np.audio.load_audio(recording, {sampling_rate:g})."
+                f"{self.sampling_rate}; resample it first: sewd_np.audio.load_audio(recording, {sampling_rate:g}, "
+                f"{self.sampling_rate})."
             )
-        if padding not in PADDING:
+        if not isinstance(padding, bool | str) or padding not in PADDING:
             raise ValueError(f"padding is {padding!r}, expected True, 'longest', False or 'do_not_pad'.")
         with_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
 

@@ -252,8 +252,11 @@ class CTCTokenizer:
         swallow the white space around them. Spaces are word delimiters. With ``do_lower_case`` the rest is put in
         upper case first. Characters outside the vocabulary become the unknown token.
 
-        Raises ``ValueError`` for such a character where the vocabulary has no unknown token.
+        Raises ``ValueError`` for such a character where the vocabulary has no unknown token, ``TypeError`` for what is
+        no string.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text is {text!r}; it must be a string.")
         pieces = [piece for piece in self._splitter.split(text) if piece] if self._splitter else [text]
         for i, piece in enumerate(pieces):
             if piece in self._ids:
@@ -353,8 +356,13 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
     """Special tokens beyond the named ones: a list, or an object of name → token."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    return list(extra.values()) if isinstance(extra, Mapping) else list(extra)
+    for field in ("extra_special_tokens", "additional_special_tokens"):
+        extra = config.get(field)
+        if extra and not isinstance(extra, list | tuple | Mapping):
+            raise ValueError(f"{field} in tokenizer_config.json is {extra!r}, expected a list or an object of tokens.")
+        if extra:
+            return list(extra.values()) if isinstance(extra, Mapping) else list(extra)
+    return []
 
 
 def _active_vocabulary(vocab: Mapping[str, Any], language: str | None) -> dict[str, int]:
@@ -383,6 +391,11 @@ def _unsplit_tokens(
     where the vocabulary lacks them, and the vocabulary's tokens of more than one character.
     """
     unsplit: dict[int, _Unsplit] = {}
+    if not isinstance(declared, Mapping) or not all(str(index).isdecimal() for index in declared):
+        raise ValueError(
+            f"added_tokens_decoder in tokenizer_config.json is {declared!r}, expected an object of id (a number from "
+            "0) and token."
+        )
     for index, token in declared.items():
         if not isinstance(token, Mapping) or token.get("single_word"):
             raise ValueError(

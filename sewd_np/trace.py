@@ -312,7 +312,15 @@ def error_between(a: Array, b: Array) -> float:
 
 
 def compare(a: Any, b: Any, tolerance: float = 1e-4) -> list[Row]:
-    """Compare two traces (or mappings from names to arrays) point by point, in the order of ``a``."""
+    """Compare two traces (or mappings from names to arrays) point by point, in the order of ``a``.
+
+    Raises ``TypeError`` for what is neither.
+    """
+    for run in (a, b):
+        if not isinstance(run, Mapping):
+            raise TypeError(
+                f"{type(run).__name__} is no trace; pass two Trace objects or mappings from names to arrays."
+            )
     rows = []
     a, b = ({name: np.asarray(run[name]) for name in run} for run in (a, b))
     for name in [*a, *(name for name in b if name not in a)]:

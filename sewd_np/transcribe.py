@@ -253,7 +253,20 @@ def load_for(
             f"{name} has no {'processor' if loaded.processor is None else 'vocabulary'}; "
             f"{task} needs one, as a folder with preprocessor_config.json and vocab.json gives it."
         )
+    if head == "ctc":
+        check_blank(name, loaded)
     return loaded
+
+
+def check_blank(name: str, model: SEWDModel) -> None:
+    """Raise ``ValueError`` unless a CTC model and its tokenizer mean the same token by the blank."""
+    assert model.processor is not None and model.processor.tokenizer is not None
+    blank, tokenizer = model.config.pad_token_id, model.processor.tokenizer
+    if tokenizer.pad_token_id != blank:
+        raise ValueError(
+            f"{name} has the blank {blank} (pad_token_id in config.json), but its tokenizer's pad_token has the id "
+            f"{tokenizer.pad_token_id}; they must be one token, so mend config.json or tokenizer_config.json."
+        )
 
 
 TOGETHER = 8  # recordings in a model call, where nobody says how many: more gain nothing on a processor
@@ -377,11 +390,24 @@ def _logits(model: SEWDModel, waves: list[np.ndarray], edit: Edit | None = None)
     return [logits_sv[: model.config.frames(length)] for logits_sv, length in zip(logits, lengths, strict=True)]
 
 
+def _check_logits(logits: np.ndarray) -> None:
+    """Raise ``ValueError`` for NaN and +∞; −∞ is a token that an edit forbids, unless it forbids them all."""
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise ValueError(
+            "the model's logits are NaN or infinite, so nothing can be read from them; its weights overflow "
+            "float32, or an edit makes such numbers."
+        )
+
+
 def read_transcript(model: SEWDModel, wave_n: np.ndarray, logits_sv: np.ndarray, evidence: bool = False) -> Transcript:
-    """The transcript of logits (s, v) that a CTC model gave for ``wave_n``, with its evidence where asked for."""
+    """The transcript of logits (s, v) that a CTC model gave for ``wave_n``, with its evidence where asked for.
+
+    Raises ``ValueError`` for logits that no text can be read from, for NaN would be read as one token or the other.
+    """
     from sewd_np.decoding import greedy, words
     from sewd_np.losses import log_softmax
 
+    _check_logits(logits_sv)
     processor = model.processor
     assert processor is not None and processor.tokenizer is not None
     tokenizer, rate = processor.tokenizer, processor.feature_extractor.sampling_rate
@@ -405,9 +431,13 @@ def read_transcript(model: SEWDModel, wave_n: np.ndarray, logits_sv: np.ndarray,
 
 
 def read_labels(model: SEWDModel, logits_l: np.ndarray) -> list[Label]:
-    """All labels of a classifier's logits (labels,), best first; of equal scores the lower id first."""
+    """All labels of a classifier's logits (labels,), best first; of equal scores the lower id first.
+
+    Raises ``ValueError`` for logits that have no order.
+    """
     from sewd_np.losses import log_softmax
 
+    _check_logits(logits_l)
     scores_l = np.exp(log_softmax(logits_l))
     order = np.argsort(-scores_l, kind="stable")
     return [Label(model.config.id2label[int(i)], float(scores_l[i])) for i in order]

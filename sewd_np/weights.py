@@ -27,6 +27,7 @@ WEIGHT_NORM_NAMES = {
     "encoder.pos_conv_embed.conv.parametrizations.weight.original0": "encoder.pos_conv_embed.conv.weight_g",
     "encoder.pos_conv_embed.conv.parametrizations.weight.original1": "encoder.pos_conv_embed.conv.weight_v",
 }
+ARCHITECTURES = {"model": "SEWDModel", "ctc": "SEWDForCTC", "classification": "SEWDForSequenceClassification"}
 HEAD_TENSORS = ("lm_head.", "projector.", "classifier.", "layer_weights")
 SHOWN = 6  # names of a kind in a message; the counts are always given
 
@@ -243,8 +244,8 @@ def _explanation(
     what = "; ".join(parts)
     if all(name.startswith(HEAD_TENSORS) for name in missing) and missing and head != found:
         kinds = {"model": "a pre-trained model without head", "ctc": "a CTC model", "classification": "a classifier"}
-        advice = {"model": "SEWDModel", "ctc": "SEWDForCTC", "classification": "SEWDForSequenceClassification"}[found]
-        return f"{path}: this is {kinds[found]}, not {kinds[head]}; load it as {advice} or choose another file: {what}."
+        advice = f"load it as {ARCHITECTURES[found]} or choose another file"
+        return f"{path}: this is {kinds[found]}, not {kinds[head]}; {advice}: {what}."
     fields = []
     used = {name: array for name, array in params.items() if name in expected or not _may_be_left_out(name, head)}
     for name, value in implied_fields(used, config).items():

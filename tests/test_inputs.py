@@ -101,6 +101,18 @@ def test_a_recording_too_short_to_stand_alone(model: sewd_np.SEWDForCTC) -> None
         model(wave(2), mask, padding="alone")
 
 
+def test_padding_on_the_left_cannot_be_cut_off(model: sewd_np.SEWDForCTC) -> None:
+    mask = np.ones((2, 4000), int)
+    mask[1, :1000] = 0
+    with pytest.raises(ValueError, match="all padding must be on the right"):
+        model(wave(2), mask, padding="alone")
+
+
+def test_labels_of_different_lengths(model: sewd_np.SEWDForCTC) -> None:
+    with pytest.raises(ValueError, match="rows of different lengths; fill them up with -100"):
+        model(wave(2), labels=[[5, 6], [7]])
+
+
 def test_unknown_names(model: sewd_np.SEWDForCTC) -> None:
     with pytest.raises(ValueError, match="padding is 'left'; it must be one of transformers, original, alone"):
         model(wave(), padding="left")  # type: ignore[arg-type]

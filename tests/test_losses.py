@@ -256,8 +256,19 @@ def test_lattice_of_labels_that_do_not_fit_has_no_path() -> None:
     lattice = ctc_lattice(log_softmax(np.zeros((2, 3))), np.array([1, 1]), 0)
     assert lattice.log_likelihood == -math.inf
     assert not lattice.posterior_su.any()
-    with pytest.raises(ValueError, match="no frames"):
+    with pytest.raises(ValueError, match="at least one frame"):
         ctc_lattice(np.zeros((0, 3)), np.array([1]), 0)
+
+
+@pytest.mark.parametrize("labels, blank", [([3], 0), ([-1], 0), ([0], 0), ([1.5], 0), ([1], 3), ([[1]], 0)])
+def test_lattice_refuses_what_is_no_label(labels: list[Any], blank: int) -> None:
+    with pytest.raises(ValueError, match=f"and blank is {blank}; they must be whole numbers below .* 3"):
+        ctc_lattice(log_softmax(np.zeros((4, 3))), labels, blank)
+
+
+def test_lattice_of_no_labels_is_silence() -> None:
+    lattice = ctc_lattice(log_softmax(np.zeros((4, 3))), [], 0)
+    assert lattice.log_likelihood == pytest.approx(4 * math.log(1 / 3))
 
 
 # ------------------------------------------------------------------- cross-entropy

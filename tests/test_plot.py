@@ -404,6 +404,7 @@ NO_ATTENTIONS = SEWDOutput(last_hidden_state=np.zeros(1))
         (lambda: plot.position_profile(traced(), None), "layer is None; it must be a whole number"),
         (lambda: plot.features(traced(), "an4"), "a str is given; a SEWDConfig is needed"),
         (lambda: plot.compare(traced(), traced(), -1), "tolerance is -1; it must be"),
+        (lambda: plot.compare(traced(), traced(), "x"), "tolerance is 'x'; it must be"),
         (lambda: plot.transcript(Transcript("A", (), 1.0)), "evidence=True"),
         (lambda: plot.transcript(spoken(), start=3), "the stretch from 3 s to 1.2 s"),
         (lambda: plot.disentangle(traced(), 9, 0), "Trace('encoder.encoder.layer.9.attention.self.*')"),

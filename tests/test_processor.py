@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_output_is_a_mapping_with_attributes() -> None:
 
 def test_wrong_rate() -> None:
     with pytest.raises(
-        ValueError, match=r"has 8000 samples .* trained on 16000; resample .*load_audio\(recording, 8000\)"
+        ValueError, match=r"has 8000 samples .* trained on 16000; resample .*load_audio\(recording, 8000, 16000\)"
     ):
         PROCESSOR(np.zeros(1000), sampling_rate=8000)
     with pytest.raises(ValueError, match=r"sampling_rate is '16000' \(str\), expected a number"):
@@ -200,6 +201,8 @@ def test_bad_padding() -> None:
         PROCESSOR(audio, padding=False)
     with pytest.raises(ValueError, match=r"padding is 'max_length', expected True"):
         PROCESSOR(audio, padding="max_length")
+    with pytest.raises(ValueError, match=r"padding is \[\], expected True"):
+        PROCESSOR(audio, padding=[])
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,8 @@ def test_bad_padding() -> None:
         ("return_attention_mask", 1),
         ("padding_side", "left"),
         ("padding_value", None),
+        ("padding_value", math.nan),
+        ("sampling_rate", 16000.5),
         ("sampling_rate", 0),
         ("feature_size", 80),
         ("feature_extractor_type", "WhisperFeatureExtractor"),

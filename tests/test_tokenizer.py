@@ -265,6 +265,13 @@ def test_character_without_unknown_token() -> None:
             r"do_lower_case in tokenizer_config\.json is 'yes', expected true or false",
         ),
         (PUBLISHED, {"added_tokens_decoder": {"5": {"content": "x", "single_word": True}}}, r"without single_word"),
+        (PUBLISHED, {"added_tokens_decoder": [1, 2]}, r"added_tokens_decoder .* is \[1, 2\], expected an object of id"),
+        (
+            PUBLISHED,
+            {"added_tokens_decoder": {"x": {"content": "x"}}},
+            r"added_tokens_decoder .* expected an object of id",
+        ),
+        (PUBLISHED, {"additional_special_tokens": 5}, r"additional_special_tokens .* is 5, expected a list"),
     ],
 )
 def test_bad_files(vocab: dict[str, Any], config: dict[str, Any], message: str) -> None:

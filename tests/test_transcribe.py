@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import urllib.error
 from pathlib import Path
@@ -207,6 +208,30 @@ def test_a_model_without_its_files_cannot_transcribe() -> None:
     model = small_model("ctc")
     model.processor = Processor(model.processor.feature_extractor, None)
     with pytest.raises(ValueError, match="has no vocabulary; transcribe needs one"):
+        sewd_np.transcribe(noise(4000), model=model)
+
+
+def test_logits_that_say_nothing_are_refused(ctc: SEWDModel, classifier: SEWDModel) -> None:
+    said = "the model's logits are NaN or infinite"
+    for value in (np.nan, np.inf, -np.inf):  # -inf everywhere leaves no token
+        with pytest.raises(ValueError, match=said):
+            sewd_np.transcribe(noise(4000), model=ctc, edit={"lm_head": lambda x, value=value: x + value})
+    large = {name: x * 1e25 if "layer.0." in name else x for name, x in classifier.params.items()}
+    overflowing = SEWDForSequenceClassification(classifier.config, large, classifier.ops, classifier.processor)
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match=said):
+        sewd_np.classify(noise(4000), model=overflowing)
+
+    def only_e(logits: np.ndarray) -> np.ndarray:
+        logits[..., :5], logits[..., 6:] = -np.inf, -np.inf
+        return logits
+
+    assert sewd_np.transcribe(noise(4000), model=ctc, edit={"lm_head": only_e}).text == "E"
+
+
+def test_a_tokenizer_with_another_blank_is_refused() -> None:
+    model = small_model("ctc")
+    model.config = dataclasses.replace(model.config, pad_token_id=5)
+    with pytest.raises(ValueError, match=r"the given model has the blank 5 .* its tokenizer's pad_token has the id 0"):
         sewd_np.transcribe(noise(4000), model=model)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sewd_np.plot.given import check_trace
+from sewd_np.plot.given import check_trace, number
 from sewd_np.plot.style import PALETTE, Array, drawn, new_figure
 from sewd_np.trace import Row
 from sewd_np.trace import compare as compare_points
@@ -51,7 +51,7 @@ def compare(trace_a: Any, trace_b: Any, tolerance: float = 1e-4, names: tuple[st
 
     Raises ``ValueError`` where both traces are empty, or for a tolerance that is no number of at least 0.
     """
-    if not 0 <= tolerance < math.inf:
+    if number(tolerance, "tolerance") < 0:
         raise ValueError(f"tolerance is {tolerance:g}; it must be a finite number of at least 0.")
     for trace in (trace_a, trace_b):
         check_trace(trace, "*")
