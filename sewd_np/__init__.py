@@ -7,7 +7,8 @@ below are imported on first use, so that ``import sewd_np`` stays quick.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sewd_np.transcribe import Label, Transcript, classify, load, transcribe
+from sewd_np.results import Label, Transcript
+from sewd_np.transcribe import classify, load, transcribe
 
 if TYPE_CHECKING:
     from sewd_np.clips import clip

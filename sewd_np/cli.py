@@ -24,15 +24,8 @@ import sewd_np
 from sewd_np.backend import DEFAULT_BACKEND, PRECISIONS
 from sewd_np.clips import clip
 from sewd_np.page import KINDS
-from sewd_np.transcribe import (
-    DEFAULT_CLASSIFIER,
-    DEFAULT_MODEL,
-    Label,
-    Transcript,
-    classify,
-    load_for,
-    transcribe,
-)
+from sewd_np.results import Label, Transcript
+from sewd_np.transcribe import DEFAULT_CLASSIFIER, DEFAULT_MODEL, classify, load_for, transcribe
 
 CLIP = clip()
 

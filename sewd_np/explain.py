@@ -18,8 +18,9 @@ import numpy as np
 from sewd_np import plot
 from sewd_np.page import GENERATOR, KINDS, page
 from sewd_np.plot.given import whole
+from sewd_np.results import Transcript, check_blank, read_labels, read_transcript
 from sewd_np.trace import LAYER, Trace, points
-from sewd_np.transcribe import Transcript, check_blank, hear, load, read_labels, read_transcript
+from sewd_np.transcribe import hear, load
 
 if TYPE_CHECKING:
     from sewd_np.model import SEWDModel

@@ -91,6 +91,7 @@ def test_pictures_are_drawn_from_plain_arrays() -> None:
 def test_the_command_line_is_on_top() -> None:
     assert {room for room in ROOMS if "cli" in rooms_imported(room)} == {"__main__"}
     assert {room for room in ROOMS if "transcribe" in rooms_imported(room)} == {"__init__", "cli", "explain"}
+    assert {room for room in ROOMS if "results" in rooms_imported(room)} == {"__init__", "cli", "explain", "transcribe"}
     assert {room for room in ROOMS if "explain" in rooms_imported(room)} == {"cli"}
 
 

@@ -32,7 +32,7 @@ from sewd_np.plot.features import cosines
 from sewd_np.plot.positions import by_distance
 from sewd_np.plot.sound import spectrogram
 from sewd_np.plot.style import strongest
-from sewd_np.transcribe import Evidence, Transcript
+from sewd_np.results import Evidence, Transcript
 
 BASELINE = Path(__file__).parent / "baseline"
 DPI = 50  # small files; at half of the usual resolution a moved label or another colour still shows
