@@ -167,8 +167,8 @@ def conv_layer(
 ) -> Array:
     """One layer of the feature encoder: convolution, then ``norm`` ("group", "layer" or "none"), then activation.
 
-    Paper section 3.1; classes SEWD{GroupNorm,LayerNorm,NoLayerNorm}ConvLayer of the reference. (b, n, c_in) →
-    (b, m, c_out). ``lengths_b`` counts valid output steps and matters to "group" only.
+    The paper's "wave feature extractor"; classes SEWD{GroupNorm,LayerNorm,NoLayerNorm}ConvLayer of the reference.
+    (b, n, c_in) → (b, m, c_out). ``lengths_b`` counts valid output steps and matters to "group" only.
     """
     x_bmc = conv1d(x_bnc, weight, bias, stride)
     return activate(normalize(x_bmc, norm, norm_weight, norm_bias, eps, lengths_b), activation)
@@ -253,7 +253,7 @@ def add_pooled(pooled_btd: Array, position_bqd: Array) -> Array:
 def squeeze(x_bsd: Array, conv: Conv, factor: int, activation: str) -> Array:
     """Squeeze the time axis: average_pool(x) + activation(positional_conv(x)). (b, s, d) → (b, t, d).
 
-    Paper section 3.2, "squeezed context network": the transformer runs at 25 frames a second instead of 50, which
+    The paper's "squeezed context network": the transformer runs at 25 frames a second instead of 50, which
     quarters the cost of its attention maps and halves all else.
     """
     raw = positional_conv(x_bsd, conv.weight, conv.bias, factor)
