@@ -1,6 +1,10 @@
 """Train the bundled model ``an4``: a small SEW-D that recognises spoken letters, digits, numbers, dates and commands.
 
-    python examples/train_bundled.py --speech ../shared/speech --out trained --minutes 120
+    python examples/train_bundled.py --speech SPEECH --out trained --minutes 120
+
+SPEECH holds ``an4/`` (CMU AN4) and ``mini_librispeech_opus/`` (LibriSpeech train-clean-5, <https://www.openslr.org/31/>),
+each with 16 kHz recordings that libsndfile reads, its licence (``LICENSE``, ``LICENSE.TXT``) and ``transcripts.tsv``:
+path, text (upper case), speaker and part (train or dev), a line each, tabs between them, these names on top.
 
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
@@ -17,8 +21,9 @@ transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. Wh
    are; what they give for an augmented clip is kept, for several steps, in a store of some hours that is renewed all
    the time (``fast_twin.py``). Muon moves the matrices.
 4. *Choose.* Every few minutes the average of the last checkpoints is tried on the dev speakers; the best is kept. At
-   the end it is compared with the last average and, with ``--init``, with that a third of the way back to the first
-   checkpoint: on clean recordings and in six worse conditions, for one word more or less on 103 recordings is chance.
+   the end it is compared with the last average and, with ``--init``, with that half of the way back to the first
+   checkpoint: by the CTC loss on clean recordings and in six worse conditions, for one word more or less on 103
+   recordings is chance.
 5. *Export* to float16 safetensors and a model card, with the blank's logit a little lower, for greedy decoding; and
    check that sewd_np gives the same text as PyTorch.
 
@@ -26,7 +31,7 @@ It may be stopped at any time and goes on from its last checkpoint when started 
 Needs the ``train`` extra; runs on a GPU where PyTorch finds one. On a processor two threads are hardly faster than one
 with matrices as small as these, but two processes are, each with its own batches and the mean of their gradients:
 
-    torchrun --nproc-per-node 2 examples/train_bundled.py --minutes 120
+    torchrun --nproc-per-node 2 examples/train_bundled.py --speech SPEECH --minutes 120
 """
 
 from __future__ import annotations
@@ -377,7 +382,7 @@ def draw_curve(history: list[dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--speech", type=Path, default=Path("../shared/speech"), help="folder of the corpora")
+    parser.add_argument("--speech", type=Path, required=True, help="folder of the corpora")
     parser.add_argument("--out", type=Path, default=Path("trained"), help="checkpoints, curve and the export")
     parser.add_argument("--minutes", type=float, default=120, help="training time, evaluation left out")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, instead of warming the front end")
@@ -387,12 +392,12 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0, help="of sound in the store before the first step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     rng = np.random.default_rng([options.seed, RANK])
     clips = {"an4": read_corpus(options.speech / "an4", "train")}
+    options.out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         synthesize(options.strings, options.out, options.seed)  # the others read what this one has written
     if dist.is_initialized():

@@ -1,6 +1,6 @@
 """Train the bundled keyword classifier: control words, ten digits, or something else, from the bundled recogniser.
 
-    python examples/train_keywords.py --speech ../shared/speech --recognizer trained/an4 --out trained/keywords
+    python examples/train_keywords.py --speech SPEECH --recognizer trained/an4 --out trained/keywords
 
 The recogniser's convolutions and lower layers already know what letters sound like: they are kept as they are and
 shared, so the classifier stores only what it learns, its last two transformer layers, the upsampling and its head. What
@@ -68,12 +68,9 @@ class Words:
     rng: np.random.Generator
 
     def keyword(self, longest: int = RATE) -> Array:
-        """Any keyword, said in fewer than ``longest`` samples."""
-        while True:
-            said = self.by_label[int(self.rng.integers(UNKNOWN))]
-            wave = said[int(self.rng.integers(len(said)))]
-            if len(wave) < longest:
-                return wave
+        """Any keyword, ``longest`` samples of it at most."""
+        said = self.by_label[int(self.rng.integers(UNKNOWN))]
+        return said[int(self.rng.integers(len(said)))][:longest]
 
     def draw(self, samples: int) -> tuple[Array, int]:
         """An augmented word somewhere in ``samples`` of silence or noise, and its label."""
@@ -193,7 +190,7 @@ def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--speech", type=Path, default=Path("../shared/speech"), help="folder of the corpora")
+    parser.add_argument("--speech", type=Path, required=True, help="folder of the corpora, as for train_bundled.py")
     parser.add_argument("--recognizer", type=Path, default=Path("trained/an4"), help="what train_bundled.py exported")
     parser.add_argument("--out", type=Path, default=Path("trained/keywords"))
     parser.add_argument("--batches", type=int, default=800, help="augmented words that are heard, in batches of 32")

@@ -68,10 +68,13 @@ def as_samples(wave: Array) -> Array:
 
 
 def read_corpus(folder: Path, part: str) -> list[Clip]:
-    """The recordings of a folder's ``transcripts.tsv`` (path, text, speaker, part, seconds) that belong to ``part``."""
+    """The recordings of a folder's ``transcripts.tsv`` (path, text, speaker, part) that belong to ``part``.
+
+    Without that table the script ends, and says so.
+    """
     table = folder / "transcripts.tsv"
     if not table.exists():
-        raise FileNotFoundError(f"{table} is not there; --speech must name the folder that holds an4/ and the others.")
+        raise SystemExit(f"{table} is not there; --speech must name the folder that holds an4/ and the others.")
     clips = []
     with table.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
