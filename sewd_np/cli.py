@@ -68,8 +68,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed arguments. Files may stand before, between and after the options, unlike argparse's own."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    files = rest[1:] if rest[:1] == ["--"] else rest
-    if files is not rest or not any(name.startswith("-") for name in rest):
+    dashed = rest[:1] == ["--"]  # then files follow, whatever they begin with
+    files = rest[1:] if dashed else rest
+    if dashed or not any(name.startswith("-") for name in files):
         if hasattr(options, "files"):
             options.files += files
             return options
