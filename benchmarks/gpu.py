@@ -4,8 +4,9 @@
     python -m benchmarks.gpu attention long     # some of it
 
 Float32 with TF32 off on both sides. Times are medians by device events, which bracket a call on its own stream; a call
-of a whole model includes the copies of samples to the device and of logits back. Weights are random: the arithmetic is
-the same. Ratios are what counts: a peer's time over ours.
+of a whole model includes the copies of samples to the device and of logits back. Our attention alone is recorded as a
+graph, as the model does with short clips; peers are called by Python, as they are used. Weights are random: the
+arithmetic is the same. Ratios are what counts: a peer's time over ours.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ from sewd_np.cuda_launch import open_device, raw
 from sewd_np.model import CONV_NORM_EPS
 
 ROUNDS = 30
-REPEATS = 10  # of a single kernel between two events: one takes less time than Python does to start it, so ours are
-# recorded as a graph; the peers' time includes what Python takes to start theirs
+REPEATS = 10  # of a single kernel between two events: one takes less time than Python does to start it
 WARM_UP = 5  # kernels are compiled, graphs recorded, torch.compile done
 PEAK = 67e12  # float32 FLOP a second of an H200, by its data sheet
 NEAR = 510  # frames apart beyond which all pairs of the published tables share a bucket
