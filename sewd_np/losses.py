@@ -142,7 +142,7 @@ def ctc_lattice(log_probs_sv: Array, labels: Array, blank: int) -> CTCLattice:
             f"log_probs has shape {np.shape(log_probs_sv)}; a lattice needs (frames, tokens), and at least one frame."
         )
     tokens = log_probs_sv.shape[1]
-    labels = np.asarray(labels, dtype=None if np.size(labels) else int)
+    labels = np.asarray(labels, None if len(labels) else int)  # NumPy makes floats of an empty list
     whole = labels.ndim == 1 and labels.dtype.kind in "iu"
     if not whole or not all(0 <= label < tokens and label != blank for label in labels) or not 0 <= blank < tokens:
         raise ValueError(

@@ -357,8 +357,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
     """Special tokens beyond the named ones: a list, or an object of name → token."""
     for field in ("extra_special_tokens", "additional_special_tokens"):
-        extra = config.get(field)
-        if extra and not isinstance(extra, list | tuple | Mapping):
+        extra = config.get(field) or []
+        if not isinstance(extra, list | tuple | Mapping):
             raise ValueError(f"{field} in tokenizer_config.json is {extra!r}, expected a list or an object of tokens.")
         if extra:
             return list(extra.values()) if isinstance(extra, Mapping) else list(extra)

@@ -130,7 +130,10 @@ def test_public_names_are_there() -> None:
     for name in sewd_np.__all__:
         assert getattr(sewd_np, name).__name__ == name
         assert name in dir(sewd_np)
-    assert {"ablate", "plot", "trace"} <= {*dir(sewd_np)}
+    assert {"ablate", "audio", "config", "losses", "plot", "trace"} <= {*dir(sewd_np)}
+    rooms = "import sewd_np; sewd_np.audio.load_audio, sewd_np.config.ACTIVATIONS, sewd_np.losses.ctc_lattice"
+    done = run("-c", rooms, cwd=ROOT)  # a process in which nothing has imported them yet
+    assert done.returncode == 0, done.stderr
     # The function, not the room of the same name, whichever was imported first.
     assert callable(sewd_np.transcribe)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

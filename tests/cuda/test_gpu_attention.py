@@ -26,8 +26,7 @@ TILES = [  # tile, its head size, and into how many parts it may cut the keys
 ]
 
 
-@pytest.mark.parametrize("mask_queries", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded, mask_queries", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("frames", [250, 1100])
 @pytest.mark.parametrize("tile, size, cuts", TILES)
 def test_attention_of(

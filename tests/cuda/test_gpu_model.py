@@ -22,16 +22,22 @@ from sewd_np.cuda_device import free_bytes
 from sewd_np.cuda_graph import KEPT, capture_graph
 from sewd_np.cuda_intrinsics import cuda
 from sewd_np.cuda_launch import Device, open_device
-from sewd_np.trace import Trace, compare, error_between, points
+from sewd_np.trace import Trace, compare, points
 from sewd_np.transcribe import hear
 
 pytestmark = pytest.mark.gpu
 Array = np.ndarray
 
-# Logits of the random models stay below 1, so these are absolute. On the CPU ours and PyTorch's differ by 6e-7 (tiny,
-# 0.5 s). Random weights attend to all frames alike, so a mistake in few of them hardly shows: `test_gpu_attention.py`
-# looks at that kernel with scores that matter.
+# By the largest logit. On the CPU ours and PyTorch's differ by 3e-6 of it (tiny and base, up to 2 s). Random weights
+# attend to all frames alike, so a mistake in few of them hardly shows: `test_gpu_attention.py` looks at that kernel
+# with scores that matter.
 TOLERANCE = 2e-5
+ALONE = 1e-5  # the same kernels in another batch, graph or thread
+
+
+def error(got: Array, want: Array) -> float:
+    """Largest difference by the largest logit, which is about 0.3 here: ``error_between`` divides by 1 at least."""
+    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,8 +75,8 @@ def test_published_shapes(shape: str) -> None:
         with torch.inference_mode():
             want = reference(torch.from_numpy(wave_bn)).logits.numpy()
         got = gpu(wave_bn).logits
-        assert error_between(got, want) <= TOLERANCE
-        assert error_between(got, cpu(wave_bn).logits) <= TOLERANCE
+        assert error(got, want) <= TOLERANCE
+        assert error(got, cpu(wave_bn).logits) <= TOLERANCE
 
 
 def test_every_trace_point(tiny: tuple[Any, Any, Any]) -> None:
@@ -88,7 +94,7 @@ def test_padded_batches(tiny: tuple[Any, Any, Any], padding: Any) -> None:
     wave_bn = np.concatenate([peers.audio(5, seed) for seed in range(3)])
     mask = (np.arange(80_000) < np.array([80_000, 30_001, 400 * 3])[:, None]).astype(np.int32)
     mine, want = (model(wave_bn, mask, padding=padding).logits for model in (gpu, cpu))
-    assert error_between(mine, want) <= TOLERANCE
+    assert error(mine, want) <= TOLERANCE
 
 
 def test_recordings_of_a_batch_are_as_alone(tiny: tuple[Any, Any, Any]) -> None:
@@ -99,7 +105,7 @@ def test_recordings_of_a_batch_are_as_alone(tiny: tuple[Any, Any, Any]) -> None:
     together = gpu(wave_bn, mask, padding="alone").logits
     for b, length in enumerate(lengths):
         alone = gpu(wave_bn[b : b + 1, :length]).logits[0]
-        assert error_between(together[b, : len(alone)], alone) <= TOLERANCE
+        assert error(together[b, : len(alone)], alone) <= ALONE
 
 
 def test_transcripts_do_not_depend_on_the_batch() -> None:
@@ -115,14 +121,14 @@ def test_transcripts_do_not_depend_on_the_batch() -> None:
 def test_ten_minutes_in_one_piece(tiny: tuple[Any, Any, Any]) -> None:
     _, gpu, cpu = tiny
     wave_bn = peers.audio(600)
-    assert error_between(gpu(wave_bn).logits, cpu(wave_bn).logits) <= TOLERANCE
+    assert error(gpu(wave_bn).logits, cpu(wave_bn).logits) <= TOLERANCE
 
 
 def test_our_own_products(tiny: tuple[Any, Any, Any]) -> None:
     """The same model without cuBLAS; where the machine has none, both are the same."""
     _, gpu, cpu = tiny
     tiled = on_device(gpu, Device(None, capture_graph))
-    assert error_between(tiled(peers.audio(3)).logits, cpu(peers.audio(3)).logits) <= TOLERANCE
+    assert error(tiled(peers.audio(3)).logits, cpu(peers.audio(3)).logits) <= TOLERANCE
 
 
 def test_a_replayed_pass_is_the_pass(tiny: tuple[Any, Any, Any]) -> None:
@@ -131,14 +137,14 @@ def test_a_replayed_pass_is_the_pass(tiny: tuple[Any, Any, Any]) -> None:
     replayed, plain = on_device(gpu, device), on_device(gpu, plain_device)
     for seed in range(5):
         wave_bn = peers.audio(2, seed)
-        assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= TOLERANCE
+        assert error(replayed(wave_bn).logits, plain(wave_bn).logits) <= ALONE
     assert len(device.queue.recordings.kept) == 1 and not plain_device.queue.recordings.kept
     for hundredths in range(KEPT + 2):
         for _ in range(3):
             replayed(peers.audio(1 + hundredths / 100))
     assert len(device.queue.recordings.kept) == KEPT
     wave_bn = peers.audio(2, 9)
-    assert error_between(replayed(wave_bn).logits, plain(wave_bn).logits) <= TOLERANCE
+    assert error(replayed(wave_bn).logits, plain(wave_bn).logits) <= ALONE
 
 
 def test_a_thousand_calls_take_no_more_memory(tiny: tuple[Any, Any, Any]) -> None:
@@ -166,7 +172,7 @@ def test_threads_share_a_model(tiny: tuple[Any, Any, Any]) -> None:
     for member in members:
         member.join()
     for i, logits in enumerate(want):
-        assert error_between(got[i], logits) <= TOLERANCE
+        assert error(got[i], logits) <= ALONE
 
 
 def test_two_models_record_in_two_threads(tiny: tuple[Any, Any, Any]) -> None:
@@ -189,7 +195,7 @@ def test_two_models_record_in_two_threads(tiny: tuple[Any, Any, Any]) -> None:
         member.join()
     assert len(got) == 2 * 6 * 3, "a thread that failed leaves gaps"
     for (_, i, _), logits in got.items():
-        assert error_between(logits, want[i]) <= TOLERANCE
+        assert error(logits, want[i]) <= ALONE
 
 
 def test_no_room_says_what_was_asked(tiny: tuple[Any, Any, Any]) -> None:
