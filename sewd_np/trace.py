@@ -299,9 +299,11 @@ class Row(NamedTuple):
 def error_between(a: Array, b: Array) -> float:
     """max |a − b| / max(1, max |b|): absolute for small values, relative to the largest for great ones.
 
-    NaN where one side has a NaN or an infinity that the other has not.
+    NaN where one side has a NaN or an infinity that the other has not. Raises ``ValueError`` for two shapes.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"arrays of shapes {a.shape} and {b.shape} were given; they must have one shape.")
     same = np.isfinite(b) & np.isfinite(a) | (a == b) | (np.isnan(a) & np.isnan(b))
     if not same.all():
         return math.nan

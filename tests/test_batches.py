@@ -105,10 +105,12 @@ def test_long_lists_are_read_a_window_at_a_time(
     recognizers: tuple[SEWDForCTC, SEWDForCTC], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["sewd_np.transcribe"], "READ_AHEAD", 2)
-    _, together = recognizers
+    plain, together = recognizers
     recordings = [noise(1_000 + 700 * (i * 5 % 7), i) for i in range(11)]
     found = sewd_np.transcribe(recordings, together, batch_size=2, progress=True)
     assert [t.duration for t in found] == [len(recording) / 16_000 for recording in recordings]
+    texts = [t.text for t in found]
+    assert texts == [sewd_np.transcribe(recording, plain).text for recording in recordings] and len(set(texts)) > 5
     recordings[9] = noise(3)
     with pytest.raises(AudioError, match=r"^audio\[9\]: "):
         sewd_np.transcribe(recordings, together, batch_size=2)
@@ -197,11 +199,19 @@ def test_command_line_in_batches(
         paths.append(str(tmp_path / f"{i}.wav"))
         soundfile.write(paths[-1], noise(samples, i), 16_000)
     Path(paths[2]).write_bytes(b"no sound")
+    taken: list[Any] = []
+    monkeypatch.setattr(
+        cli, "transcribe", lambda files, **how: [taken.append(files), sewd_np.transcribe(files, **how)][1]
+    )
+    alone = [f"{path}: {sewd_np.transcribe(path, recognizers[0]).text}" for path in paths if path != paths[2]]
+    assert len({line.split(": ")[1] for line in alone}) == 4
     for model in recognizers:
         monkeypatch.setattr(cli, "load_for", lambda *_, model=model: model)
+        taken.clear()
         assert cli.main(["transcribe", *paths, "--batch-size", "2"]) == 2
+        assert taken == [paths[:2], paths[2:4], paths[2], paths[3], paths[4]]  # two with a bad one: each by itself
         said = capsys.readouterr()
-        assert [line.split(": ")[0] for line in said.out.splitlines()] == [paths[i] for i in (0, 1, 3, 4)]
+        assert said.out.splitlines() == alone
         assert said.err.count("\n") == 1 and paths[2] in said.err and "audio[" not in said.err
 
 

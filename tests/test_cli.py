@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -259,6 +260,29 @@ def test_classify_prints_labels_best_first(capsys: Captured, classifier_folder: 
     printed = json.loads(capsys.readouterr().out)
     assert printed["file"] == clip
     assert printed["labels"][:2] == [{"label": label.label, "score": label.score} for label in expected]
+
+
+@pytest.mark.parametrize("command", ["transcribe", "classify", "plot", "explain"])
+def test_every_command_loads_what_it_is_asked_for(
+    command: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(
+        source: Any, backend: Any = None, dtype: Any = None, threads: Any = None, precision: Any = None
+    ) -> NoReturn:
+        asked.append((source, backend, threads, precision))
+        raise ValueError("nothing is loaded here.")
+
+    monkeypatch.setattr(sewd_np, "load", load)
+    monkeypatch.setattr(sys.modules["sewd_np.transcribe"], "load", load)
+    there = {"plot": ["features", "-o", str(tmp_path / "a.png")], "explain": ["-o", str(tmp_path / "page")]}
+    arguments = [command, *there.get(command, []), str(cli.CLIP)]
+    assert cli.main(arguments) == 2
+    assert cli.main([*arguments, "--model", "m", "--backend", "numpy", "--threads", "3", "--precision", "highest"]) == 2
+    bundled = "keywords" if command == "classify" else "an4"
+    assert asked == [(bundled, "numba", None, None), ("m", "numpy", 3, "highest")]
+    assert capsys.readouterr().err == "sewd-np: nothing is loaded here.\n" * 2
 
 
 @pytest.mark.parametrize("option", ["--top-k", "--batch-size", "--threads"])

@@ -6,10 +6,13 @@ exact numbers (float64) for the product, and the float32 kernels, which have tes
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import platform
+from types import SimpleNamespace
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import pytest
@@ -55,13 +58,33 @@ def as_floats(pieces: Array) -> Array:
 
 
 def test_the_unit_is_not_used_where_code_is_compiled_for_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is made up here, so that each condition counts wherever this runs."""
     look = cpu_amx.available.__wrapped__  # past what it remembers
     assert look() == cpu_amx.available() and isinstance(look(), bool)
+    asked: list[tuple[int, ...]] = []
+    features = {"amx-tile": True, "amx-bf16": True, "avx512f": True, "sse4a": False}
+
+    def system_that_answers(code: int) -> SimpleNamespace:
+        return SimpleNamespace(syscall=lambda *arguments: [asked.append(arguments), code][1])
+
+    for name in ("CPU_NAME", "CPU_FEATURES"):
+        monkeypatch.setattr(numba.config, name, None)
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: system_that_answers(0))
+    assert look() is True and asked == [(158, 0x1023, 18)]  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    for feature in ("amx-tile", "amx-bf16", "avx512f"):
+        with monkeypatch.context() as lacking:
+            lacking.setitem(features, feature, False)
+            assert look() is False
     for name in ("CPU_NAME", "CPU_FEATURES"):
         with monkeypatch.context() as patched:
             patched.setattr(numba.config, name, "generic")
             assert look() is False
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(platform, "system", lambda: "Darwin")
+        assert look() is False
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: system_that_answers(-1))
     assert look() is False
 
 

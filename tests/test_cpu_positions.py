@@ -84,16 +84,18 @@ def test_a_strip_of_keys_by_key(form: str, rng: np.random.Generator, buckets: in
                     bucket = index.buckets[lowest + count - 1 - a + keys]
                     want[a, key + keys] += by_key[bucket, key + keys]
                 part = int(rng.integers(0, key + 1))  # of P: it may begin anywhere before what is wanted
-                cpu_positions.add_by_key(
-                    scores.reshape(-1),
-                    stride,
-                    count,
-                    by_key.reshape(-1)[part:],
-                    stride,
-                    part,
-                    int(key),
-                    lowest,
-                    index.buckets,
-                    shear,
-                )
-                np.testing.assert_array_equal(scores, want)
+                for rung in (cpu_positions.add_by_key_v1, cpu_positions.add_by_key):
+                    got = scores.copy()
+                    rung(
+                        got.reshape(-1),
+                        stride,
+                        count,
+                        by_key.reshape(-1)[part:],
+                        stride,
+                        part,
+                        int(key),
+                        lowest,
+                        index.buckets,
+                        shear,
+                    )
+                    np.testing.assert_array_equal(got, want)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -79,6 +80,38 @@ def test_every_kind_of_picture(kind: str, small: str, noise: str, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
+def test_a_picture_shows_the_layer_head_and_seconds_that_were_asked_for(
+    small: str, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plots = sewd_np.load(small), Mock()
+    monkeypatch.setattr(explain, "plot", plots)
+    for layer, head in ((1, 1), (0, 1), (None, 0)):
+        seen = explain.look(model, small, noise, None, layer, head)
+        shown, step = 1 if layer is None else layer, pytest.approx(0.04)  # of two layers the second is the middle one
+        words, frames = seen.transcript, seen.trace["encoder.encoder.input"].shape[1]
+        assert words is not None and words.evidence is not None and frames == 13
+        for kind, name, positional, named in (
+            ("transcript", "transcript", (words,), {}),
+            ("features", "features", (seen.trace, model.config, words), {"sampling_rate": 16_000}),
+            ("similarity", "similarity", (seen.trace, step), {}),
+            ("heads", "heads", (seen.trace, None, step), {}),  # a page shows all of them
+            ("attention", "attention", (seen.trace, shown, head, words), {"seconds_per_frame": step}),
+            ("disentangle", "disentangle", (seen.trace, shown, head, step), {}),
+            ("position-profile", "position_profile", (seen.trace, shown, step), {}),
+            ("bucket-curve", "bucket_curve", (model.config,), {}),
+            ("bucket-map", "bucket_map", (model.config, frames, step), {}),
+        ):
+            plots.reset_mock()
+            assert explain.figure(seen, kind) is getattr(plots, name).return_value
+            assert plots.mock_calls == [getattr(call, name)(*positional, **named)]
+        explain.figure(seen, "compare")
+        (ours, theirs), named = plots.compare.call_args
+        assert list(ours) == list(theirs) and named == {"names": ("numba", "numpy, float64")}
+        assert ours["lm_head"].dtype == np.float32 and theirs["lm_head"].dtype == np.float64
+    explain.figure(explain.look(model, small, noise, "heads", 1), "heads")
+    assert plots.heads.call_args.args[1] == 1
+
+
 @pytest.mark.parametrize("ending, start", [(".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_other_formats(ending: str, start: bytes, small: str, tmp_path: Path) -> None:
     picture = tmp_path / f"picture{ending}"
@@ -104,6 +137,24 @@ def test_mistakes_leave_no_file(
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_picture(small: str, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "folder.png").mkdir()
+    assert cli.main(["plot", "heads", "-o", str(tmp_path / "folder.png"), "--model", small]) == 2
+    assert "folder.png' is a folder; name a file in a folder that does" in capsys.readouterr().err
+
+
+def test_pictures_of_no_kind_and_models_without_a_processor(small: str, noise: str) -> None:
+    model = sewd_np.load(small)
+    for call_it in (
+        lambda: explain.look(model, small, noise, "head"),
+        lambda: explain.figure(explain.look(model, small, noise, "bucket-curve"), "head"),
+    ):
+        with pytest.raises(ValueError, match=r"picture 'head' is unknown; choose one of transcript, .*compare"):
+            call_it()
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json, which says how sound must be prepared"):
+        explain.look(small_model("ctc", processor=False), small, noise)
 
 
 def test_a_failed_picture_keeps_the_old_one(tmp_path: Path) -> None:

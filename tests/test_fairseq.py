@@ -204,12 +204,23 @@ def test_errors_of_whole_files(tmp_path: Path) -> None:
         ),
         ("hidden_size is 96, but the weights say 48", {"cfg": wrapped(encoder_embed_dim=96)}),
         ("encoder_layers|num_hidden_layers", {"cfg": wrapped(encoder_layers="many")}),
+        (
+            r"mask_time_prob is 'often'; expected a number",
+            {"cfg": {"model": {**FINE_TUNING, "mask_prob": "often", "w2v_args": {"model": OPTIONS}}}},
+        ),
     ]
     for message, entries in cases:
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(saved(tmp_path, tensors, **entries))
     tensors["w2v_encoder.upsample.0.weight"] = torch.ones(1)  # an option of the original code that is not SEW-D
     with pytest.raises(CheckpointError, match=r"1 tensor \(w2v_encoder\.upsample\.0\.weight\) unexpected"):
+        read_checkpoint(saved(tmp_path, tensors, cfg=wrapped()))
+
+
+def test_two_tensors_of_one_name(tmp_path: Path) -> None:
+    tensors = original_tensors(build(SMALL, "ctc", torch.float32), fine_tuned=True)
+    tensors["mask_emb"] = torch.zeros(SMALL["hidden_size"])  # beside the one inside w2v_encoder
+    with pytest.raises(CheckpointError, match=r"two tensors .* are both masked_spec_embed \(one is mask_emb\)"):
         read_checkpoint(saved(tmp_path, tensors, cfg=wrapped()))
 
 

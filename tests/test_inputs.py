@@ -158,13 +158,21 @@ def test_labels_are_checked_before_the_pass(model: sewd_np.SEWDForCTC, monkeypat
 
 def test_padded_recordings_are_counted_one_by_one(model: sewd_np.SEWDForCTC, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under "alone" one recording's maps are in memory at a time, so two need no more than one."""
-    one = inputs.require_score_memory
     asked: list[int] = []
     monkeypatch.setattr(inputs, "require_memory", lambda needed, what, advice: asked.append(needed))
-    one(model, 1, 16_000, False, None, (), together=1)
-    one(model, 2, 16_000, False, None, (), together=1)
-    one(model, 2, 16_000, True, None, (), together=1)
-    assert asked[0] == asked[1] < asked[2]
+    mask = np.ones((2, 4000), int)
+    mask[1, 3000:] = 0
+
+    def needed(recordings: int, **options: Any) -> int:
+        asked.clear()
+        model(wave(recordings), mask[:recordings], **options)
+        return asked[0]  # of the whole call; under "alone" each recording then asks for itself
+
+    assert needed(1) == needed(2, padding="alone")
+    one, apart, both = (
+        needed(n, padding=how, output_attentions=True) for n, how in [(1, "alone"), (2, "alone"), (2, "original")]
+    )
+    assert one < apart < both  # the maps of both are returned, but made one by one
 
 
 def test_everything_that_a_trace_keeps_is_counted(model: sewd_np.SEWDForCTC, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +192,11 @@ def test_params_must_fit_the_config() -> None:
         sewd_np.SEWDForCTC(CONFIG, {**params, "lm_head.bias": np.zeros(31, np.float32)}, NUMPY)
     with pytest.raises(ValueError, match="dtype float16, float32; all must be float32 or all float64"):
         sewd_np.SEWDForCTC(CONFIG, {**params, "lm_head.bias": np.zeros(32, np.float16)}, NUMPY)
+
+
+def test_ops_must_be_operations() -> None:
+    with pytest.raises(TypeError, match=r"ops is 'numpy'; it must be operations, such as .*get_operations"):
+        sewd_np.SEWDForCTC(CONFIG, random_params(CONFIG, "ctc"), "numpy")  # type: ignore[arg-type]
 
 
 def test_parameters_are_read_only(model: sewd_np.SEWDForCTC) -> None:

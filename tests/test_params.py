@@ -15,12 +15,7 @@ from sewd_np.config import SEWDConfig
 from sewd_np.params import HEADS, expected_shapes, grouped_taps, prepare, random_params
 from sewd_np.trace import error_between
 from tests import naive
-
-HF_CLASSES = {
-    "model": transformers.SEWDModel,
-    "ctc": transformers.SEWDForCTC,
-    "classification": transformers.SEWDForSequenceClassification,
-}
+from tests.reference import HF_CLASSES
 
 
 def reference_shapes(options: dict[str, Any], head: str) -> dict[str, tuple[int, ...]]:
@@ -225,7 +220,7 @@ def test_prepare_packs_for_the_numba_kernels() -> None:
     ops = backend.get_operations("numba", threads=1, precision="highest")
     plain, packed, again = prepare(params, config), ops.prepare(params, config), ops.prepare(params, config)
     for name in ("conv_layers", "pos_conv", "conv", "rel_embeddings", "rel_embeddings_normed", "masked_spec_embed"):
-        for ours, theirs in zip(arrays_of(getattr(packed, name)), arrays_of(getattr(plain, name)), strict=True):
+        for ours, theirs in zip(leaves(getattr(packed, name)), leaves(getattr(plain, name)), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     pairs: list[tuple[Any, Any]] = [(packed.feature_projection, plain.feature_projection)]
     pairs += [(packed.upsample, plain.upsample), (packed.projector, plain.projector)]
@@ -265,18 +260,12 @@ def test_prepare_fuses_query_key_and_value() -> None:
         assert error_between((x @ qkv.weight + qkv.bias)[:, 24 * part : 24 * part + 24], want) <= 1e-12
 
 
-def arrays_of(tree: Any) -> list[np.ndarray]:
-    if isinstance(tree, tuple):
-        return [array for part in tree for array in arrays_of(part)]
-    return [] if tree is None else [tree]
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_prepare_is_a_pure_function_in_the_dtype_of_its_parameters(dtype: Any) -> None:
     config = SEWDConfig.from_dict({**SMALL, "conv_kernel_size": 3})
     params = {name: value.astype(dtype) for name, value in random_params(config, "ctc").items()}
     before = {name: value.copy() for name, value in params.items()}
-    first, second = arrays_of(prepare(params, config)), arrays_of(prepare(params, config))
+    first, second = leaves(prepare(params, config)), leaves(prepare(params, config))
     assert {array.dtype for array in first} == {np.dtype(dtype)}
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):

@@ -240,9 +240,9 @@ def pairs_with_alone(
             pairs.append((together.logits[b][rows], alone.logits[0]))
         for ours, theirs in zip(together.hidden_states or (), alone.hidden_states or (), strict=True):
             pairs.append((ours[b, :t], theirs[0]))
-        for ours, theirs in zip(
-            together.attentions or (), alone.attentions or (), strict=together.attentions is not None
-        ):
+        if together.attentions is None:  # not asked for: the fused form
+            continue
+        for ours, theirs in zip(together.attentions, alone.attentions or (), strict=True):
             pairs.append((ours[b, :, :t, :t], theirs[0]))
             assert (ours[b, :, :, t:] == 0).all()
     return pairs
@@ -264,7 +264,9 @@ def test_a_batch_gives_each_recording_its_own_result(
     asked: dict[str, Any] = {"padding": "alone", "output_hidden_states": True, "output_attentions": True}
     # Run one by one: the same to the last bit.
     model = build(options, head, NUMPY)
-    for ours, theirs in pairs_with_alone(model, model(wave, mask, **asked), wave, lengths, model):
+    apart = model(wave, mask, **asked)
+    assert apart.attentions is not None
+    for ours, theirs in pairs_with_alone(model, apart, wave, lengths, model):
         np.testing.assert_array_equal(ours, theirs)
     # Run together, with lengths: the same up to the order of summation.
     for table in (TOGETHER, NUMBA):
@@ -274,7 +276,9 @@ def test_a_batch_gives_each_recording_its_own_result(
 def check_together(batched: Any, model: Any, wave: Array, mask: Array, lengths: list[int], asked: Any) -> None:
     fused = {"padding": "alone", "output_hidden_states": True}
     for call in (asked, fused):
-        for ours, theirs in pairs_with_alone(batched, batched(wave, mask, **call), wave, lengths, model):
+        out = batched(wave, mask, **call)
+        assert (out.attentions is not None) == ("output_attentions" in call)
+        for ours, theirs in pairs_with_alone(batched, out, wave, lengths, model):
             assert error_between(ours, theirs) <= rounding(batched.ops, 1e-10)
     # What is returned is not what is computed: without hidden states the results are the same to the last bit.
     alone, whole = batched(wave, mask, padding="alone"), batched(wave, mask, **fused)

@@ -366,6 +366,23 @@ def test_a_negation_put_off_is_an_error(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_state_dict(path)["x"], -np.ones(3, np.float32))
 
 
+def test_a_storage_described_in_two_ways_is_refused(tmp_path: Path) -> None:
+    """Two tensors on one storage of 24 bytes, of which one takes it for six numbers, the other for three doubles."""
+    both = {"x": torch.ones(6), "y": torch.ones(3, dtype=torch.float64)}
+    path = saved(tmp_path, both)
+    with zipfile.ZipFile(path) as archive:
+        files = {entry: archive.read(entry) for entry in archive.namelist()}
+    (pickled,) = [entry for entry in files if entry.endswith("/data.pkl")]
+    key = b"X\x01\x00\x00\x00"  # a pickled text of one character
+    assert files[pickled].count(key + b"1") == 1
+    files[pickled] = files[pickled].replace(key + b"1", key + b"0")
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in files.items():
+            archive.writestr(entry, content)
+    with pytest.raises(CheckpointError, match="storage 0 is described in two ways; the file is refused"):
+        read_state_dict(path)
+
+
 def test_contents_that_are_no_state_dict(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a list, not a dictionary of tensors"):
         read_state_dict(saved(tmp_path, [torch.ones(1)]))

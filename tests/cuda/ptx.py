@@ -76,11 +76,19 @@ def assemble(ptx: str, target: tuple[int, int]) -> Usage:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"ptxas refuses the kernel:\n{run.stderr}{run.stdout}")
-    report = run.stderr + run.stdout
+    return read_usage(run.stderr + run.stdout, ptx)
+
+
+def read_usage(report: str, ptx: str) -> Usage:
+    """What ``ptxas -v`` says of a kernel, in numbers."""
 
     def total(pattern: str) -> int:
         return sum(int(number) for number in re.findall(pattern, report))
 
+    # Nothing found must not be taken for nothing used.
+    for said in (r"Used \d+ registers", r"\d+ bytes stack frame", r"\d+ bytes spill stores"):
+        if not re.search(said, report):
+            raise RuntimeError(f"ptxas does not say {said!r}:\n{report}")
     return Usage(
         registers=total(r"Used (\d+) registers"),
         shared=total(r"(\d+) bytes smem"),
