@@ -11,6 +11,7 @@ INSTALLED_SIM := $(VENV)/.installed-sim
 INSTALLED_CUDA := $(VENV)/.installed-cuda
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # two pips must not fill one environment
 .PHONY: help demo test test-sim test-ptx test-driver test-gpu check parity bench bench-gpu notebooks notebooks-write clean
 
 help:
@@ -27,7 +28,7 @@ help:
 	@echo "make notebooks          run every notebook from a clean kernel; make notebooks-write keeps what they show"
 	@echo "make clean              remove .venv and everything built"
 	@echo
-	@echo "PYTHON=python3.12 make test   chooses the interpreter"
+	@echo "PYTHON=python3.12 make test   chooses the interpreter of a new .venv (make clean removes the old one)"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'

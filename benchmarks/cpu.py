@@ -217,7 +217,7 @@ def memory() -> None:
                 row.append("not run")
                 continue
             done = subprocess.run([sys.executable, "-c", MEMORY, which, str(seconds)], capture_output=True, text=True)
-            row.append(f"{float(done.stdout):.0f}" if done.returncode == 0 else done.stderr.strip().splitlines()[-1])
+            row.append(f"{float(done.stdout):.0f}" if done.returncode == 0 else last_words(done))
         print(f"| {seconds} s | {' | '.join(row)} |", flush=True)
 
 
@@ -251,7 +251,10 @@ reference, wave_bn = peers.transformers_model("tiny"), peers.audio(seconds)
 if which == "transformers":
     call = cpu.reference_call(reference, wave_bn)
 else:
-    session = peers.onnx_session(reference, wave_bn.shape[1], 2)
+    try:
+        session = peers.onnx_session(reference, wave_bn.shape[1], 2)
+    except Exception:
+        sys.exit(cpu.NO_EXPORT)
     call = lambda: session.run(None, {"x": wave_bn})
 call()
 start = time.perf_counter()
@@ -259,6 +262,7 @@ call()
 print(time.perf_counter() - start)
 """
 PEER_MEMORY, PEER_SECONDS = 16 * 2**30, 200  # the most that a peer may take in the plot
+NO_EXPORT = "not exported"  # for that transformers' own pass is run
 
 
 def peer_time(which: str, seconds: float) -> float | str:
@@ -272,12 +276,19 @@ def peer_time(which: str, seconds: float) -> float | str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS, preexec_fn=limit)
     except subprocess.TimeoutExpired:
-        return f"more than {PEER_SECONDS} s"
+        return f"not done after {PEER_SECONDS} s"
     if done.returncode == 0:
         return float(done.stdout)
-    last = done.stderr.strip().splitlines()[-1:] or [f"ended by signal {-done.returncode}"]
+    if last_words(done) == NO_EXPORT:
+        return f"{NO_EXPORT} within {memory / 2**30:.0f} GiB"
     no_memory = any(word in done.stderr for word in ("allocate", "bad_alloc", "MemoryError"))
-    return f"more than {memory / 2**30:.0f} GiB" if no_memory else last[0]
+    return f"more than {memory / 2**30:.0f} GiB" if no_memory else last_words(done)
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process ended: the last line of its complaint, or the signal that ended it."""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"ended by signal {-done.returncode}"
 
 
 def draw(path: Path, lines: dict[str, list[tuple[float, float]]], stops: dict[str, str]) -> None:
@@ -289,7 +300,11 @@ def draw(path: Path, lines: dict[str, list[tuple[float, float]]], stops: dict[st
     for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
         label = f"{name} (at {stops[name]})" if name in stops else name
         axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=label)
-    axes.set(xlabel="length of recording [s]", ylabel="time of one pass [s]", title="SEW-D tiny, two CPU threads")
+    axes.set(
+        xlabel="length of recording [s]",
+        ylabel="time of one pass [s]",
+        title=f"SEW-D tiny, two CPU threads\n{machine()}",
+    )
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -208,6 +208,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_grad_enabled(False)
     device = open_device()
+    if not torch.cuda.is_available():
+        raise SystemExit(f"torch {torch.__version__} sees no GPU; install one with CUDA, as pip's own on Linux is.")
     said = "; ".join(f"{name}: {value}" for name, value in describe(cuda, device.products).items())
     print(f"# {said}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     columns = ["work", "ours [ms]", "transformers eager / ours", "torch.compile / ours", "goal (eager)", "more"]

@@ -157,13 +157,18 @@ def train(model: Any, batches: Sequence[tuple[Any, Any]], epochs: int, rng: np.r
     model.eval()
 
 
+def in_silence(wave: Array) -> Array:
+    """A word with 0.2 s of silence around it."""
+    return np.pad(wave, RATE // 5)
+
+
 def accuracy(model: Any, words: Sequence[Word]) -> tuple[float, int]:
-    """Share of words that get their label, each with 0.2 s of silence around it, and how many there are."""
+    """Share of words that get their label, each in silence, and how many there are."""
     right = []
     for word, wave in words:
         if word not in UNCLEAR:
             with torch.inference_mode():
-                logits = model(torch.from_numpy(normalize(np.pad(wave, RATE // 5)))[None]).logits
+                logits = model(torch.from_numpy(normalize(in_silence(wave)))[None]).logits
             right.append(int(logits.argmax()) == label_of(word))
     return float(np.mean(right)), len(right)
 

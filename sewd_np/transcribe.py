@@ -51,8 +51,8 @@ def load(
     backend is given it is "numba" for float32 and "numpy" for float64.
 
     ``precision`` is for "numba". "high", the default, uses the processor's matrix unit where there is one (Intel's
-    AMX): logits are then good to some 2e-5 of the largest instead of 2e-6, in half to two thirds of the time. "highest"
-    multiplies in float32 everywhere, as "high" does on a machine without the unit.
+    AMX): logits are then good to some 2e-5 of the largest instead of 2e-6, in two thirds to three quarters of the time.
+    "highest" multiplies in float32 everywhere, as "high" does on a machine without the unit.
 
     "numba" compiles its kernels when they are first used on a machine, within a minute, and keeps them on disk;
     logger "sewd_np" says so, on standard error if no logging is set up. See ``checkpoint.load_model`` for errors.

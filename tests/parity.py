@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,14 +19,12 @@ from sewd_np.backend import PRECISIONS
 from sewd_np.trace import Trace, points, report
 from tests.reference import HF_CLASSES, points_of
 
-CLIP = next((Path(sewd_np.__file__).parent / "assets" / "clips").glob("*.flac"))
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 0 if every point agrees."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("model", nargs="?", default="an4", help="bundled name, folder, weights file or hub id")
-    parser.add_argument("--audio", default=str(CLIP), help="recording to run on (default: the bundled clip)")
+    parser.add_argument("--audio", default=str(sewd_np.clip()), help="recording to run on (default: the bundled clip)")
     parser.add_argument("--backend", default="numpy")
     parser.add_argument("--precision", choices=PRECISIONS, help="of backend numba's products (default: high)")
     parser.add_argument("--double", action="store_true", help="compare in float64 (1e-7) instead of float32 (1e-4)")

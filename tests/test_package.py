@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,24 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(*pip, "install", "--no-index", "--no-deps", "--target", str(target), str(wheel), cwd=wheels)
     assert done.returncode == 0, done.stderr
     return target
+
+
+def test_a_source_archive_holds_what_it_speaks_of_and_all_tests(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    built = run(
+        "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source), cwd=tmp_path
+    )
+    assert built.returncode == 0, built.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    ours = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    ours = {name for name in ours if ".egg-info/" not in name}
+    assert ours <= held, ours - held
+    links = re.findall(r"\]\(([^):#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 20 and {link for link in links if (source / link).is_file()} <= held
 
 
 def test_installed_wheel_transcribes_its_clip(installed: Path, tmp_path: Path) -> None:
