@@ -88,14 +88,22 @@ def block(layer: Any, x: Any, table: Any, mask: Any, dropped: Any) -> Any:
 
 
 def upper(
-    model: Any, x: Any, frames: Any, frozen: int, pool: Any = None, views: int = 1, middle: Any = None
+    model: Any,
+    x: Any,
+    frames: Any,
+    frozen: int,
+    pool: Any = None,
+    views: int = 1,
+    middle: Any = None,
+    above: Any = None,
 ) -> tuple[Any, Any]:
     """Logits (b, s, v) at the top and from the middle layer, of what ``lower`` gave, padded to (b, s, c).
 
     frames (b,): each clip's own length in frames of logits. ``middle``: the middle layer's head, if not the top's.
     ``pool``: a long random mask to take dropout from, which is much quicker than drawing it; with it SpecAugment is on
     too. Without, the result is the reference's. ``views``: the whole batch so many times, one after the other, each
-    time masked and dropped in other places.
+    time masked and dropped in other places. ``above`` (b,): which clips go on above the middle layer, all if not said;
+    the top's logits are of these alone.
     """
 
     def dropped(y: Any) -> Any:
@@ -132,7 +140,9 @@ def upper(
     }
     logits = []
     for number, layer in enumerate(encoder.encoder.layer, 1):
-        x = block(layer, x, table, mask, dropped)
+        x = block(layer, x, table, mask, dropped) if len(x) else x
         if number in heads:
             logits.append(heads[number](encoder.upsample(x)))
+            if above is not None and len(logits) == 1:
+                x, mask = x[above.repeat(views)], mask[above.repeat(views)]
     return logits[1], logits[0]

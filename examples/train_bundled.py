@@ -16,10 +16,11 @@ transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. Wh
    ``--init FOLDER`` starts from a checkpoint instead.
 3. *CTC*, with a second CTC loss halfway up, of phonemes (``pronounce.py``; arXiv 1807.06234), dropout and SpecAugment,
    by the clock: learning rate and mixture depend on the share of ``--minutes`` that has passed, so a slower machine
-   makes fewer steps of the same course. Every clip is seen twice at once with other stretches masked, and the model is
-   also asked to say the same both times (CR-CTC). The lower convolutions are a filter bank by then and stay as they
-   are; what they give for an augmented clip is kept, for several steps, in a store of some hours that is renewed all
-   the time (``fast_twin.py``). Muon moves the matrices.
+   makes fewer steps of the same course. LibriSpeech goes no higher than halfway: it teaches the sounds of more voices,
+   while the upper layers learn to tell AN4's hundred words apart rather than to spell English. Every clip is seen twice
+   at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC). The lower
+   convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept, for
+   several steps, in a store of some hours that is renewed all the time (``fast_twin.py``). Muon moves the matrices.
 4. *Choose.* Every few minutes the average of the last checkpoints is tried on the dev speakers; the best is kept. At
    the end it is compared with the last average and, with ``--init``, with that half of the way back to the first
    checkpoint: by the CTC loss on clean recordings and in six worse conditions, for one word more or less on 103
@@ -60,6 +61,7 @@ from pronounce import Pronunciations
 from training_data import (
     FRAME,
     RATE,
+    SPOKEN_WORDS,
     Array,
     Clip,
     augment,
@@ -92,7 +94,7 @@ MUON_FACTOR = 2.5  # its learning rate by AdamW's
 SPELLED = 0.5  # of the clips put together from words, those that spell a name
 # Share of the sound that comes from each source, at the start and at the end.
 MIXTURE = {
-    "an4": (0.26, 0.35), "recombined": (0.28, 0.37), "spoken": (0.08, 0.08), "librispeech": (0.40, 0.20),
+    "an4": (0.30, 0.40), "recombined": (0.32, 0.38), "spoken": (0.10, 0.08), "librispeech": (0.25, 0.11),
     "noise": (0.03, 0.03),
 }  # fmt: skip
 
@@ -229,20 +231,26 @@ def train_step(
     """Loss of one batch, seen twice, and the part of it that is CTC at the top, which the curve shows.
 
     CTC of letters at the top, CTC of phonemes after the middle layer (of letters, through the same head, where there
-    are no phonemes), how far both views differ, and that an empty frame says nothing.
+    are no phonemes), how far both views differ, and that an empty frame says nothing. Sentences of other words than
+    AN4's, LibriSpeech's, end at the middle layer: they teach what sounds there are, and the layers above need not spell
+    English, but tell a hundred words from each other. A batch of these alone has a CTC loss of not a number.
     """
     batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True)
     batch = batch.to(pool.device, pool.dtype)
     frames = torch.tensor([count // 2 * 2 for _, _, count in clips])  # an odd last one is squeezed away
+    known = torch.tensor([SPOKEN_WORDS.issuperset(text.split()) for _, text, _ in clips])
     with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.dtype == torch.bfloat16):
         head = model.phoneme_head if pronunciations.phonemes else None
-        top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, views=2, middle=head)
-    letters = [encode(text) for _, text, _ in clips]
-    sounds = [pronunciations.labels(text) for _, text, _ in clips] if head else letters
-    loss = ctc(top, frames.repeat(2), letters * 2)
-    differ = disagreement(top, frames, sum(map(len, letters)))
-    total = loss + MIDDLE * ctc(middle, frames.repeat(2), sounds * 2) + CONSISTENCY * differ
-    return total + empty_frame(model.lm_head.bias), loss.item()
+        top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, 2, head, known.to(pool.device))
+    texts = [text for _, text, _ in clips]
+    sounds = [pronunciations.labels(text) if head else encode(text) for text in texts]
+    total = MIDDLE * ctc(middle, frames.repeat(2), sounds * 2) + empty_frame(model.lm_head.bias)
+    if not known.any():
+        return total, float("nan")
+    letters = [encode(text) for text, knows in zip(texts, known.tolist(), strict=True) if knows]
+    loss = ctc(top, frames[known].repeat(2), letters * 2)
+    differ = disagreement(top, frames[known], sum(map(len, letters)))
+    return total + loss + CONSISTENCY * differ, loss.item()
 
 
 def optimizers_for(model: Any, dtype: Any) -> list[Any]:
@@ -256,6 +264,11 @@ def optimizers_for(model: Any, dtype: Any) -> list[Any]:
     return [muon, torch.optim.AdamW(rest, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)]
 
 
+def dropout_pool(size: int) -> Any:
+    """Dropout's factors, to be taken from any place: 0 for a share of DROPOUT, and what keeps the mean at 1."""
+    return (torch.rand(size) >= DROPOUT) / (1 - DROPOUT)
+
+
 def shared_mean(parameters: list[Any], seconds: float) -> float:
     """Make every process's gradients the mean of all, and give the mean of ``seconds``: all keep the same clock.
 
@@ -263,7 +276,11 @@ def shared_mean(parameters: list[Any], seconds: float) -> float:
     """
     if not dist.is_initialized():
         return min(seconds, 10.0)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in learned:
+        if parameter.grad is None:  # this batch ended below it; another process's may not have
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in learned]
     clock = torch.full((1,), min(seconds, 10.0), device=gradients[0].device)
     flat = torch.cat([clock, *(gradient.flatten() for gradient in gradients)])
     dist.all_reduce(flat)
@@ -289,7 +306,7 @@ def train(
     """Train until ``options.minutes`` of training are over; leaves best.pt, state.pt and curve.png in the folder."""
     dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
     optimizers = optimizers_for(model, dtype)
-    pool = ((torch.rand(1 << 22) >= DROPOUT) / (1 - DROPOUT)).to(device, dtype)
+    pool = dropout_pool(1 << 22).to(device, dtype)
     state_file, best_file, words_file = (options.out / f"{name}.pt" for name in ("state", "best", "words"))
     history: list[dict[str, float]] = []
     snapshots: deque[dict[str, Any]] = deque(maxlen=8)
@@ -322,7 +339,7 @@ def train(
                         torch.save(sources.words, part)
                 print(f"{sum(map(len, sources.words))} words cut from AN4", flush=True)
             model.load_state_dict(now)
-            mean = float(np.mean(losses)) if losses else float("nan")
+            mean = float(np.nanmean(losses)) if losses else float("nan")
             history.append({"step": step, "minutes": elapsed / 60, "loss": mean, "wer": wer})
             print(" ".join(f"{key} {value:.3f}" for key, value in history[-1].items()), flush=True)
             losses = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import bundle
 import fast_twin as twin
 import hearing
+import measure
 import muon
 import numpy as np
 import pronounce
@@ -65,16 +67,29 @@ def test_a_clip_in_a_batch_is_heard_as_it_is_alone() -> None:
             torch.testing.assert_close(row[:even], alone[0, :even], rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_and_masks_come_with_the_pool() -> None:
+def test_dropout_and_masks_come_with_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = build(SMALL, "ctc", torch.float32)
     assert isinstance(hf, SEWDForCTC)
-    x = torch.randn(2, 60, 24, generator=torch.Generator().manual_seed(0))
-    pool = torch.ones(1 << 16)  # keeps everything, so that SpecAugment alone is seen
+    x, frames = torch.randn(2, 60, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([30, 30])
+    everything, pool = torch.ones(1 << 16), script.dropout_pool(1 << 16)
     torch.manual_seed(0)
     with torch.no_grad():
-        plain, _ = twin.upper(hf, x, torch.tensor([30, 30]), 11)
-        masked, _ = twin.upper(hf, x, torch.tensor([30, 30]), 11, pool)
+        plain, _ = twin.upper(hf, x, frames, 11)
+        masked, _ = twin.upper(hf, x, frames, 11, everything)  # SpecAugment alone
+        monkeypatch.setattr(torch, "rand", torch.ones)  # now no stretch begins anywhere
+        neither, _ = twin.upper(hf, x, frames, 11, everything)
+        dropped, _ = twin.upper(hf, x, frames, 11, pool)
     assert plain.shape == masked.shape and not torch.allclose(plain, masked)
+    torch.testing.assert_close(neither, plain)
+    assert dropped.shape == plain.shape and not torch.allclose(dropped, plain)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    pool = script.dropout_pool(1 << 16)
+    assert float(pool.mean()) == pytest.approx(1, abs=0.01)
+    assert float((pool == 0).float().mean()) == pytest.approx(script.DROPOUT, abs=0.01)
+    assert len(pool.unique()) == 2
 
 
 def test_two_views_are_the_batch_twice() -> None:
@@ -99,6 +114,39 @@ def test_the_middle_layer_may_have_a_head_of_its_own() -> None:
         same, middle = twin.upper(hf, x, torch.tensor([30, 30]), 11, middle=own)
     torch.testing.assert_close(same, top)
     assert middle.shape == (*top.shape[:2], 40)
+
+
+@pytest.mark.parametrize("above", [[True, False, True], [False, False, True], [False, False, False]])
+def test_clips_that_end_at_the_middle_layer_leave_the_others_as_they_are(above: list[bool]) -> None:
+    hf = build(SMALL, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(3, 60, 24, generator=torch.Generator().manual_seed(0))
+    frames, goes = torch.tensor([30, 22, 26]), torch.tensor(above)
+    with torch.no_grad():
+        top, middle = twin.upper(hf, x, frames, 11, views=2)
+        some, same = twin.upper(hf, x, frames, 11, views=2, above=goes)
+    torch.testing.assert_close(same, middle)
+    torch.testing.assert_close(some, top[goes.repeat(2)], rtol=1e-5, atol=1e-5)
+
+
+def test_other_words_than_an4s_teach_only_the_lower_layers() -> None:
+    """Alone they give the layers above no gradient; beside AN4's they change nothing of the loss at the top."""
+    hf = build({**SMALL, "vocab_size": 32}, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
+    pool, letters = torch.ones(1 << 16), pronounce.Pronunciations([])
+    layers = hf.sew_d.encoder.encoder.layer
+    loss, shown = script.train_step(hf, [(x, "A MAN OF THE HOUSE", 30)], 11, pool, letters)
+    loss.backward()
+    assert np.isnan(shown)
+    assert all(p.grad is None for p in layers[-1].parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layers[0].parameters())
+    clips_known = [(x, "TWO SIX", 30), (x, "TWO SICKS", 30)]
+    shown_both = []
+    for clips in (clips_known, [clips_known[0], (x, "ZEBRA", 30)]):
+        torch.manual_seed(0)
+        shown_both.append(script.train_step(hf, clips, 11, pool, letters)[1])
+    assert shown_both[0] == shown_both[1]
 
 
 def test_a_step_asks_the_middle_layer_for_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +242,9 @@ def test_what_is_kept_goes_through_newly_fixed_convolutions() -> None:
 def one_of_two(rank: int, meeting: str, results: Any) -> None:
     """A process of ``torchrun``'s: its gradients are all ``rank`` + 1, its step took 2 + 4 · ``rank`` seconds."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(2, 3), (4,)]]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(2, 3), (4,), (5,)]]
     fixed = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
-    for parameter in parameters:
+    for parameter in parameters[rank:]:  # the second process's batch did not come to the first parameter
         parameter.grad = torch.full_like(parameter, rank + 1)
     seconds = script.shared_mean([*parameters, fixed], 2.0 + 4 * rank)
     results.put(
@@ -211,8 +259,8 @@ def test_processes_share_their_gradients_and_their_clock(tmp_path: Path) -> None
     for _ in range(2):
         seconds, fixed, gradients = results.get()
         assert seconds == 4.0 and fixed is None
-        assert [gradient.shape for gradient in gradients] == [(2, 3), (4,)]
-        assert all((gradient == 1.5).all() for gradient in gradients)
+        assert [gradient.shape for gradient in gradients] == [(2, 3), (4,), (5,)]
+        assert [set(gradient.ravel().tolist()) for gradient in gradients] == [{0.5}, {1.5}, {1.5}]
 
 
 def test_muon_is_pytorchs_but_for_the_rounding() -> None:
@@ -339,3 +387,27 @@ def test_learning_rate_rises_and_falls() -> None:
     assert 0 < top < 10 and rates[top] <= script.PEAK_RATE
     assert all(np.diff(rates[: top + 1]) > 0) and all(np.diff(rates[top:]) < 0)
     assert rates[-1] < 0.02 * script.PEAK_RATE
+
+
+def test_what_the_cards_say_can_be_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a corpus of the bundled clips, of which one has another text than is said."""
+    corpus = tmp_path / "an4"
+    corpus.mkdir()
+    rows = ["path\ttext\tspeaker\tpart"]
+    for name, text in (("enter-six-two-four", "ENTER SIX TEN FOUR"), ("yes", "YES"), ("seven", "SEVEN")):
+        shutil.copy(sewd_np.clip(name), corpus)
+        rows.append(f"{name}.flac\t{text}\t{name[0]}\tdev")
+    (corpus / "transcripts.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    words = [("OH", np.zeros(8000, np.float32)), ("YES", data.read_corpus(corpus, "dev")[1].wave())]
+    monkeypatch.setattr(measure, "words_by_speaker", lambda twin, dev: [words])
+    monkeypatch.setattr("sys.argv", ["measure.py", "--speech", str(tmp_path)])
+    measure.main()
+    said = capsys.readouterr().out
+    assert "| an4, 3 recordings | WER |" in said and "| clean | 16.7 % |" in said  # one word of six
+    for name in bundle.conditions(RNG(0)):
+        assert f"| {name} | " in said
+    assert "| keywords, cut from sentences | 100.0 % | 1 |" in said
+    assert "| other words, cut from sentences | 0.0 % | 0 |" in said
+    assert "| words recorded alone | 100.0 % | 2 |" in said
