@@ -141,12 +141,11 @@ def test_other_words_than_an4s_teach_only_the_lower_layers() -> None:
     assert np.isnan(shown)
     assert all(p.grad is None for p in layers[-1].parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layers[0].parameters())
-    clips_known = [(x, "TWO SIX", 30), (x, "TWO SICKS", 30)]
-    shown_both = []
-    for clips in (clips_known, [clips_known[0], (x, "ZEBRA", 30)]):
+    beside = []
+    for other in ("TWO SICKS", "ZEBRA"):
         torch.manual_seed(0)
-        shown_both.append(script.train_step(hf, clips, 11, pool, letters)[1])
-    assert shown_both[0] == shown_both[1]
+        beside.append(script.train_step(hf, [(x, "TWO SIX", 30), (x, other, 30)], 11, pool, letters)[1])
+    assert beside[0] == beside[1] > 0
 
 
 def test_a_step_asks_the_middle_layer_for_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
