@@ -300,11 +300,8 @@ def draw(path: Path, lines: dict[str, list[tuple[float, float]]], stops: dict[st
     for (name, points), colour, marker in zip(lines.items(), ("#0072b2", "#e69f00", "#555555"), "os^", strict=True):
         label = f"{name} (at {stops[name]})" if name in stops else name
         axes.loglog(*zip(*points, strict=True), marker=marker, color=colour, label=label)
-    axes.set(
-        xlabel="length of recording [s]",
-        ylabel="time of one pass [s]",
-        title=f"SEW-D tiny, two CPU threads\n{machine()}",
-    )
+    axes.set(xlabel="length of recording [s]", ylabel="time of one pass [s]")
+    axes.set_title(f"SEW-D tiny, two CPU threads\n{machine()}", fontsize="medium")  # names of processors are long
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)

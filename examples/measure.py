@@ -18,8 +18,7 @@ import jiwer
 import numpy as np
 import torch
 from bundle import conditions
-from hearing import words_by_speaker
-from train_keywords import KEYWORDS, UNCLEAR, in_silence, label_of
+from train_keywords import LABELS, label_of, words_to_measure
 from training_data import Clip, read_corpus
 from transformers import SEWDForCTC
 
@@ -38,23 +37,12 @@ def recognition(model: Any, dev: list[Clip], seed: int) -> dict[str, float]:
 
 
 def classification(model: Any, dev: list[Clip]) -> dict[str, tuple[float, int]]:
-    """Share of words that get their label, and how many there are: keywords, others, and those recorded alone."""
+    """Share of words that get their label, and how many there are."""
     twin: Any = SEWDForCTC.from_pretrained(ASSETS / "an4", dtype=torch.float32)
-    cut = [pair for speaker in words_by_speaker(twin, dev) for pair in speaker if pair[0] not in UNCLEAR]
-    groups = {
-        "keywords, cut from sentences": [pair for pair in cut if pair[0] in KEYWORDS],
-        "other words, cut from sentences": [pair for pair in cut if pair[0] not in KEYWORDS],
-        "words recorded alone": [
-            (clip.text, clip.wave()) for clip in dev if " " not in clip.text and clip.text not in UNCLEAR
-        ],
-    }
     shares = {}
-    for name, words in groups.items():
-        found = sewd_np.classify([in_silence(wave) for _, wave in words], model=model, top_k=1)
-        right = [
-            label.label == model.config.id2label[label_of(word)]
-            for (word, _), (label,) in zip(words, found, strict=True)
-        ]
+    for name, words in words_to_measure(twin, dev).items():
+        found = sewd_np.classify([wave for _, wave in words], model=model, top_k=1)
+        right = [LABELS[label_of(word)] == best.label for (word, _), (best,) in zip(words, found, strict=True)]
         shares[name] = (sum(right) / max(len(right), 1), len(right))
     return shares
 

@@ -241,7 +241,8 @@ def train_step(
     known = torch.tensor([SPOKEN_WORDS.issuperset(text.split()) for _, text, _ in clips])
     with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.dtype == torch.bfloat16):
         head = model.phoneme_head if pronunciations.phonemes else None
-        top, middle = upper(model, batch, frames.to(pool.device), frozen, pool, 2, head, known.to(pool.device))
+        lengths, above = frames.to(pool.device), known.to(pool.device)
+        top, middle = upper(model, batch, lengths, frozen, pool, views=2, middle=head, above=above)
     texts = [text for _, text, _ in clips]
     sounds = [pronunciations.labels(text) if head else encode(text) for text in texts]
     total = MIDDLE * ctc(middle, frames.repeat(2), sounds * 2) + empty_frame(model.lm_head.bias)

@@ -36,6 +36,7 @@ from training_data import (
     TEENS,
     TENS,
     Array,
+    Clip,
     augment,
     change_speed,
     noise_clip,
@@ -157,19 +158,27 @@ def train(model: Any, batches: Sequence[tuple[Any, Any]], epochs: int, rng: np.r
     model.eval()
 
 
-def in_silence(wave: Array) -> Array:
-    """A word with 0.2 s of silence around it."""
-    return np.pad(wave, RATE // 5)
+def words_to_measure(recognizer: Any, clips: list[Clip]) -> dict[str, list[Word]]:
+    """What a classifier is measured on, each word in silence: keywords, other words, and those recorded alone."""
+    cut = [pair for speaker in words_by_speaker(recognizer, clips) for pair in speaker]
+    groups = {
+        "keywords, cut from sentences": [pair for pair in cut if pair[0] in KEYWORDS],
+        "other words, cut from sentences": [pair for pair in cut if pair[0] not in KEYWORDS],
+        "words recorded alone": [(clip.text, clip.wave()) for clip in clips if " " not in clip.text],
+    }
+    return {
+        name: [(word, np.pad(wave, RATE // 5)) for word, wave in words if word not in UNCLEAR]
+        for name, words in groups.items()
+    }
 
 
 def accuracy(model: Any, words: Sequence[Word]) -> tuple[float, int]:
-    """Share of words that get their label, each in silence, and how many there are."""
+    """Share of words that get their label, and how many there are."""
     right = []
     for word, wave in words:
-        if word not in UNCLEAR:
-            with torch.inference_mode():
-                logits = model(torch.from_numpy(normalize(in_silence(wave)))[None]).logits
-            right.append(int(logits.argmax()) == label_of(word))
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(normalize(wave))[None]).logits
+        right.append(int(logits.argmax()) == label_of(word))
     return float(np.mean(right)), len(right)
 
 
@@ -227,12 +236,7 @@ def main() -> None:
     train(model, batches, options.epochs, rng)
     minutes = (time.monotonic() - start) / 60
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
-    cut = [pair for speaker in words_by_speaker(recognizer, dev) for pair in speaker]
-    figures = {
-        "keywords, cut from sentences": accuracy(model, [pair for pair in cut if pair[0] in KEYWORDS]),
-        "other words, cut from sentences": accuracy(model, [pair for pair in cut if pair[0] not in KEYWORDS]),
-        "words recorded alone": accuracy(model, [(clip.text, clip.wave()) for clip in dev if " " not in clip.text]),
-    }
+    figures = {name: accuracy(model, group) for name, group in words_to_measure(recognizer, dev).items()}
     for name, (share, count) in figures.items():
         print(f"{name}: {100 * share:.1f} % of {count}")
     export(options.out, options.recognizer, model, figures, minutes)

@@ -207,10 +207,10 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(without_unit(wave, mask, output_hidden_states=True), want)
 
 
-@pytest.mark.parametrize(("precision", "share"), [("highest", 4e-6), ("high", 4e-5)])
+@pytest.mark.parametrize(("precision", "share"), [("highest", 4e-6), ("high", 2e-5)])
 @pytest.mark.parametrize("name", ["an4", "keywords"])
 def test_a_trained_models_logits_are_as_exact_as_is_promised(name: str, precision: str, share: float) -> None:
-    """Of the largest logit, "some 2e-6" and "some 2e-5": twice that, and on all clips."""
+    """Of the largest logit, "some 2e-6" and "some 2e-5". These models give 9e-7 and, split in PyTorch, 3e-6."""
     model, exact = sewd_np.load(name, "numba", precision=precision), sewd_np.load(name, "numpy", np.float64)
     assert model.processor is not None
     for path in sorted(CLIPS.glob("*.flac")):

@@ -400,7 +400,7 @@ def test_what_the_cards_say_can_be_measured_again(
         rows.append(f"{name}.flac\t{text}\t{name[0]}\tdev")
     (corpus / "transcripts.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     words = [("OH", np.zeros(8000, np.float32)), ("YES", data.read_corpus(corpus, "dev")[1].wave())]
-    monkeypatch.setattr(measure, "words_by_speaker", lambda twin, dev: [words])
+    monkeypatch.setattr(keywords, "words_by_speaker", lambda twin, dev: [words])
     monkeypatch.setattr("sys.argv", ["measure.py", "--speech", str(tmp_path)])
     measure.main()
     said = capsys.readouterr().out
