@@ -5,13 +5,15 @@ Used by both training scripts. Greedy CTC throughout: no language model, no beam
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jiwer
 import numpy as np
 import torch
 import torch.nn.functional as F
-from training_data import Array, Clip, align, cut_words, normalize
+from training_data import Array, Clip, normalize
+from word_pieces import align, cut_words, runs
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
@@ -65,13 +67,19 @@ def loss_per_letter(model: Any, clips: list[Clip], change: Any = None) -> float:
     return total / letters
 
 
-def words_by_speaker(model: Any, clips: list[Clip]) -> list[list[tuple[str, Array]]]:
-    """Every speaker's words, cut apart, for ``recombine``; recordings that the model does not hear at all are left."""
+def words_by_speaker(
+    model: Any, clips: list[Clip], known: Collection[str] = (), errors: float = 0.3
+) -> list[list[tuple[str, Array]]]:
+    """Every speaker's words, cut apart, for ``recombine``; of the ``known`` ones only, where some are named.
+
+    Recordings of which the model mistakes a share of ``errors`` of the letters, or more, are left: its alignment of
+    what it does not hear could not be trusted.
+    """
     model.eval()
     words: dict[str, list[tuple[str, Array]]] = {}
     for clip in clips:
         scores = log_probs(model, clip.wave())
-        if len(scores) > 2 * len(clip.text) and jiwer.cer(clip.text, decode(scores.argmax(-1)) or "-") < 0.3:
+        if len(scores) > 2 * len(clip.text) and jiwer.cer(clip.text, decode(scores.argmax(-1)) or "-") < errors:
             pieces = cut_words(clip.wave(), clip.text, align(scores, encode(clip.text), clip.text))
-            words.setdefault(clip.speaker, []).extend(pieces)
+            words.setdefault(clip.speaker, []).extend(runs(pieces, known) if known else pieces)
     return [pieces for pieces in words.values() if len(pieces) > 10]

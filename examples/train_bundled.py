@@ -8,19 +8,21 @@ path, text (upper case), speaker and part (train or dev), a line each, tabs betw
 
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
-1. *Data* (``training_data.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices, hours of
-   text-to-speech, AN4's words put together anew, half of them as spelled names; each clip at another speed and tempo,
-   from another vocal tract, in another room, over another line, in other noise, every time.
+1. *Data* (``training_data.py``, ``sources.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices,
+   hours of text-to-speech, AN4's words put together anew, the rare ones more often, half of them as spelled names;
+   AN4's words that LibriSpeech has too, by its voices; each clip at another speed and tempo, from another vocal tract,
+   in another room, over another line, in other noise, every time.
 2. *Warm the front end.* From random weights the CTC loss stays on a plateau where the model emits nothing. The 13
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.
 3. *CTC*, with a second CTC loss halfway up, of phonemes (``pronounce.py``; arXiv 1807.06234), dropout and SpecAugment,
    by the clock: learning rate and mixture depend on the share of ``--minutes`` that has passed, so a slower machine
-   makes fewer steps of the same course. LibriSpeech goes no higher than halfway: it teaches the sounds of more voices,
-   while the upper layers learn to tell AN4's hundred words apart rather than to spell English. Every clip is seen twice
-   at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC). The lower
-   convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept, for
-   several steps, in a store of some hours that is renewed all the time (``fast_twin.py``). Muon moves the matrices.
+   makes fewer steps of the same course. LibriSpeech's sentences go no higher than halfway: they teach the sounds of
+   more voices, while the upper layers learn to tell AN4's hundred words apart rather than to spell English. Every clip
+   is seen twice at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC).
+   The lower convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept,
+   for several steps, in a store of some hours that is renewed all the time (``sources.py``, ``fast_twin.py``). Muon
+   moves the matrices.
 4. *Choose.* Every few minutes the average of the last checkpoints is tried on the dev speakers; the best is kept. At
    the end it is compared with the last average and, with ``--init``, with that half of the way back to the first
    checkpoint: by the CTC loss on clean recordings and in six worse conditions, for one word more or less on 103
@@ -43,7 +45,6 @@ import os
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +55,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bundle import average, check_twin, choose, export, finalists, lowered
-from fast_twin import has_bfloat16, lower, onward, upper
-from hearing import ctc, encode, word_error_rate, words_by_speaker
+from fast_twin import has_bfloat16, upper
+from hearing import ctc, encode, word_error_rate
 from muon import Muon
 from pronounce import Pronunciations
-from training_data import (
-    FRAME,
-    RATE,
-    SPOKEN_WORDS,
-    Array,
-    Clip,
-    augment,
-    log_mel,
-    noise_clip,
-    normalize,
-    read_corpus,
-    recombine,
-    synthesize,
-    whole,
-)
+from sources import BATCH_SECONDS, Sources, Store
+from training_data import SPOKEN_WORDS, Clip, log_mel, normalize, read_corpus, synthesize, whole
 from transformers import SEWDConfig, SEWDForCTC
+from word_pieces import Words
 
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is; the first one writes and prints
 CONFIG: dict[str, Any] = {
@@ -82,21 +71,12 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 DROPOUT = 0.1
-BATCH_SECONDS = 24.0  # of sound, which is seen twice
-BATCHES = 8  # made at a time
 MIDDLE = 0.4  # weight of the loss after the middle layer
 CONSISTENCY = 0.2  # weight of the two views' disagreement
 RENEWED = 0.25  # seconds of sound put into the store for every second that is trained on
-STORE_HOURS = 4.0
 PEAK_RATE = 7e-4
 TRAINED_CONVOLUTIONS = 0.6  # of the course; from there on only the upper two are
 MUON_FACTOR = 2.5  # its learning rate by AdamW's
-SPELLED = 0.5  # of the clips put together from words, those that spell a name
-# Share of the sound that comes from each source, at the start and at the end.
-MIXTURE = {
-    "an4": (0.30, 0.40), "recombined": (0.32, 0.38), "spoken": (0.10, 0.08), "librispeech": (0.25, 0.11),
-    "noise": (0.03, 0.03),
-}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- warming the front end
@@ -122,79 +102,6 @@ def warm_front_end(model: Any, draw: Any, steps: int, device: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------- training
-
-
-@dataclass
-class Sources:
-    """What clips are drawn from; every clip is augmented anew each time."""
-
-    clips: dict[str, list[Clip]]
-    rng: np.random.Generator
-    strength: float
-    words: list[list[tuple[str, Array]]] = field(default_factory=list)
-
-    def clip(self, source: str) -> Clip:
-        if source == "noise":
-            return noise_clip(self.rng)
-        if source == "recombined":
-            return recombine(self.words[int(self.rng.integers(len(self.words)))], self.rng, SPELLED)
-        return self.clips[source][int(self.rng.integers(len(self.clips[source])))]
-
-    def draw(self, seconds: float, progress: float = 0.0, longest: float = 18.0) -> list[tuple[Array, str]]:
-        """Augmented (wave, text) pairs of at least ``seconds`` in all, in the mixture for ``progress`` (0 to 1)."""
-        shares = {}
-        for source, (start, end) in MIXTURE.items():
-            if source == "noise" or (self.words if source == "recombined" else self.clips.get(source)):
-                mean = {"noise": 1.8, "recombined": 3.0}.get(source) or np.mean([c.seconds for c in self.clips[source]])
-                shares[source] = (start + (end - start) * progress) / mean  # by sound, not by clips
-        names, weights = list(shares), np.array(list(shares.values()))
-        pairs: list[tuple[Array, str]] = []
-        while sum(len(wave) for wave, _ in pairs) < seconds * RATE:
-            clip = self.clip(str(self.rng.choice(names, p=weights / weights.sum())))
-            if clip.seconds <= longest:
-                wave = augment(clip.wave(), lambda: self.clip("an4").wave(), self.rng, self.strength)
-                pairs.append((wave if len(wave) > RATE // 4 else np.pad(wave, RATE // 8), clip.text))
-        return pairs
-
-
-@dataclass
-class Store:
-    """Some hours of what the lower convolutions gave, with the texts; the oldest make room for new ones."""
-
-    frozen: int
-    rng: np.random.Generator
-    clips: deque[tuple[Any, str, int]] = field(default_factory=deque)
-    seconds: float = 0.0
-
-    def add(self, model: Any, pairs: list[tuple[Array, str]]) -> None:
-        for wave, text in pairs:
-            frames = int(model._get_feat_extract_output_lengths(len(wave)))
-            self.clips.append((lower(model, wave, self.frozen), text, frames))
-            self.seconds += frames * FRAME
-            while self.seconds > STORE_HOURS * 3600:
-                self.seconds -= self.clips.popleft()[2] * FRAME
-
-    def freeze(self, model: Any, frozen: int) -> None:
-        """From now on keep what ``frozen`` convolutions give; what is there goes through those that are new."""
-        for _ in range(len(self.clips)):
-            features, text, frames = self.clips.popleft()
-            self.clips.append((onward(model, features, self.frozen, frozen), text, frames))
-        self.frozen = frozen
-
-    def batches(self) -> list[list[tuple[Any, str, int]]]:
-        """BATCHES batches of clips of like length, in random order: little is padded.
-
-        Never more or fewer: processes that train together must take every step together.
-        """
-        chosen: list[tuple[Any, str, int]] = []
-        while sum(frames for _, _, frames in chosen) * FRAME < BATCHES * BATCH_SECONDS:
-            chosen.append(self.clips[int(self.rng.integers(len(self.clips)))])
-        batches: list[list[tuple[Any, str, int]]] = [[]]
-        for clip in sorted(chosen, key=lambda clip: clip[2]):
-            if batches[-1] and clip[2] * FRAME * (len(batches[-1]) + 1) > BATCH_SECONDS:
-                batches.append([])
-            batches[-1].append(clip)
-        return [batches[i] for i in self.rng.permutation(len(batches))[:BATCHES]]
 
 
 def rate_at(progress: float, peak: float = PEAK_RATE) -> float:
@@ -323,7 +230,8 @@ def train(
         print(f"going on from step {step}, {elapsed / 60:.1f} minutes", flush=True)
     limit, evaluated, kept, aligned = options.minutes * 60, elapsed if history else -1e9, elapsed, -1.0
     if words_file.exists():
-        sources.words, aligned = torch.load(words_file, weights_only=False), elapsed / limit
+        cut = torch.load(words_file, weights_only=False)
+        sources.words, aligned = {source: Words(speakers) for source, speakers in cut.items()}, elapsed / limit
     while True:
         progress = min(elapsed / limit, 1.0)
         if elapsed - evaluated > min(300, limit / 15) or progress == 1:
@@ -334,11 +242,13 @@ def train(
                 with whole(best_file) as part:
                     torch.save(model.state_dict(), part)
             if wer < 0.6 and progress - aligned > 0.3:
-                sources.words, aligned = words_by_speaker(model, sources.clips["an4"]), progress
+                sources.cut(model)
+                aligned = progress
                 if RANK == 0:
                     with whole(words_file) as part:
-                        torch.save(sources.words, part)
-                print(f"{sum(map(len, sources.words))} words cut from AN4", flush=True)
+                        torch.save({source: words.speakers for source, words in sources.words.items()}, part)
+                for source, words in sources.words.items():
+                    print(f"{source}: {sum(map(len, words.speakers))} pieces cut", flush=True)
             model.load_state_dict(now)
             mean = float(np.nanmean(losses)) if losses else float("nan")
             history.append({"step": step, "minutes": elapsed / 60, "loss": mean, "wer": wer})

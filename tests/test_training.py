@@ -14,6 +14,7 @@ import muon
 import numpy as np
 import pronounce
 import pytest
+import sources
 import torch
 import train_bundled as script
 import train_keywords as keywords
@@ -203,16 +204,16 @@ def test_views_disagree_by_what_lies_between_their_distributions() -> None:
 
 def test_the_store_keeps_its_size_and_its_batches_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = build(SMALL, "ctc", torch.float32)
-    monkeypatch.setattr(script, "STORE_HOURS", 20 / 3600)
-    monkeypatch.setattr(script, "BATCH_SECONDS", 4.0)
+    monkeypatch.setattr(sources, "STORE_HOURS", 20 / 3600)
+    monkeypatch.setattr(sources, "BATCH_SECONDS", 4.0)
     rng = RNG(0)
-    store = script.Store(11, rng)
+    store = sources.Store(11, rng)
     waves = [rng.standard_normal(int(rng.integers(8000, 32_000))).astype(np.float32) for _ in range(30)]
     store.add(hf, [(wave, str(number)) for number, wave in enumerate(waves)])
     assert 17 < store.seconds <= 20  # no clip is longer than two seconds
     assert [text for _, text, _ in store.clips] == [str(number) for number in range(30)][-len(store.clips) :]
     batches = store.batches()
-    assert len(batches) == script.BATCHES
+    assert len(batches) == sources.BATCHES
     for batch in batches:
         longest = max(frames for _, _, frames in batch)
         assert longest * len(batch) * data.FRAME <= 4.0
@@ -225,7 +226,7 @@ def test_what_is_kept_goes_through_newly_fixed_convolutions() -> None:
     hf = build(SMALL, "ctc", torch.float32)
     assert isinstance(hf, SEWDForCTC)
     wave = RNG(0).standard_normal(9000).astype(np.float32)
-    store = script.Store(0, RNG(0))
+    store = sources.Store(0, RNG(0))
     store.freeze(hf, 7)
     store.add(hf, [(wave, "A"), (wave[:7000], "B")])
     store.freeze(hf, 11)
@@ -378,6 +379,47 @@ def test_loss_per_letter_is_ctc_by_the_letters_of_all_texts(monkeypatch: pytest.
         for clip in clips
     )
     assert hearing.loss_per_letter(torch.nn.Identity(), clips) == pytest.approx(want / 6, rel=1e-6)
+
+
+def test_words_are_cut_out_of_recordings_that_the_model_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that hears A MAN AND A HALF in every recording, four frames a letter and one of blank after each."""
+    text = "A MAN AND A HALF"
+    scores = np.full((5 * len(text), 32), -9.0)
+    for place, label in enumerate(hearing.encode(text)):
+        scores[5 * place : 5 * place + 4, label] = scores[5 * place + 4, 0] = 0.0
+    monkeypatch.setattr(hearing, "log_probs", lambda model, wave: scores)
+    sound = RNG(0).integers(-9, 9, int(len(scores) * data.RATE * data.FRAME)).astype(np.int16)
+    heard = [data.Clip(sound, text, speaker) for speaker in "x" * 11 + "y"]
+    model = torch.nn.Identity()
+    whole = hearing.words_by_speaker(model, heard)
+    assert [len(pieces) for pieces in whole] == [55]  # y has said too little
+    assert [said for said, _ in whole[0][:5]] == text.split()
+    (some,) = hearing.words_by_speaker(model, heard, known=data.READ_WORDS)
+    assert [said for said, _ in some[:4]] == ["AND", "HALF", "AND", "HALF"]
+    np.testing.assert_array_equal(some[0][1], whole[0][2][1])
+    other = [data.Clip(sound, "A MAN AND A DOG", "x")] * 11  # a quarter of its letters are not what is heard
+    assert hearing.words_by_speaker(model, other, errors=0.4) and not hearing.words_by_speaker(model, other, errors=0.2)
+
+
+def test_librispeech_is_cut_once_and_only_where_it_says_more_than_and(monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = {
+        "an4": [data.Clip(np.zeros(9, np.int16), "TWO", "a")],
+        "librispeech": [data.Clip(np.zeros(9, np.int16), text, "b") for text in ("I AND A X", "THE FIRST MAN")],
+    }
+    asked: list[str] = []
+
+    def by_speaker(model: Any, clips: list[data.Clip], known: Any = (), errors: float = 0.3) -> Any:
+        asked.extend(clip.text for clip in clips)
+        return [[(word, np.ones(400, np.float32)) for clip in clips for word in clip.text.split()]]
+
+    monkeypatch.setattr(sources, "words_by_speaker", by_speaker)
+    drawn = sources.Sources(clips, RNG(0), 1.0)
+    drawn.cut(None)
+    drawn.cut(None)
+    assert asked == ["TWO", "THE FIRST MAN", "TWO"]
+    assert set(drawn.clip("an4 words").text.split()) == {"TWO"}
+    assert set(drawn.clip("librispeech words").text.split()) <= {"THE", "FIRST", "MAN"}
+    assert sum(len(wave) for wave, _ in drawn.draw(2.0)) >= 2 * data.RATE
 
 
 def test_learning_rate_rises_and_falls() -> None:

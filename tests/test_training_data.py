@@ -10,6 +10,7 @@ import numpy as np
 import pronounce
 import pytest
 import training_data as data
+import word_pieces
 from scipy import signal
 from spelled_names import name_lists, random_name
 
@@ -35,7 +36,7 @@ def test_text_survives_encoding() -> None:
 def test_alignment_finds_the_frames_that_fire() -> None:
     t, w, o, bar, s, i, x = hearing.encode("TWO SIX")
     path = [None, t, w, o, o, None, bar, None, s, i, i, x, None, None]
-    assert data.align(spiky(path), hearing.encode("TWO SIX"), "TWO SIX") == [
+    assert word_pieces.align(spiky(path), hearing.encode("TWO SIX"), "TWO SIX") == [
         pytest.approx((1 * 0.02, 5 * 0.02)),
         pytest.approx((8 * 0.02, 12 * 0.02)),
     ]
@@ -44,14 +45,14 @@ def test_alignment_finds_the_frames_that_fire() -> None:
 def test_alignment_keeps_a_doubled_letter_apart() -> None:
     """Two of the same letter need a blank between them, however the scores are."""
     labels = hearing.encode("LL")
-    (span,) = data.align(spiky([labels[0]] * 3), labels, "LL")
+    (span,) = word_pieces.align(spiky([labels[0]] * 3), labels, "LL")
     assert span == pytest.approx((0, 0.06))
 
 
 def test_words_are_cut_where_it_is_quiet() -> None:
     wave = RNG(0).standard_normal(16_000).astype(np.float32)
     wave[7000:8500] = 0
-    pieces = data.cut_words(wave, "TWO SIX", [(0.1, 0.3), (0.7, 0.9)])
+    pieces = word_pieces.cut_words(wave, "TWO SIX", [(0.1, 0.3), (0.7, 0.9)])
     assert [word for word, _ in pieces] == ["TWO", "SIX"]
     assert 7000 <= len(pieces[0][1]) <= 8500
     np.testing.assert_array_equal(np.concatenate([wave for _, wave in pieces]), wave)
@@ -60,19 +61,44 @@ def test_words_are_cut_where_it_is_quiet() -> None:
 def test_recombined_words_say_what_the_text_says() -> None:
     words = [(name, np.full(1000 + 500 * i, 0.1 * (i + 1), np.float32)) for i, name in enumerate(["A", "B", "C"])]
     for seed in range(20):
-        clip = data.recombine(words, RNG(seed))
+        clip = word_pieces.recombine(words, RNG(seed))
         said = clip.text.split()
         assert 1 <= len(said) <= 8
         assert len(clip.samples) == sum(len(dict(words)[word]) for word in said)
-    assert len({data.recombine(words, RNG(seed)).text for seed in range(20)}) > 10
+    assert len({word_pieces.recombine(words, RNG(seed)).text for seed in range(20)}) > 10
 
 
 def test_names_are_spelled_as_far_as_a_speakers_letters_go() -> None:
     words = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLISDMC")]
-    said = {data.recombine(words, RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
+    said = {word_pieces.recombine(words, RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
     assert len(said) > 20 and said <= set(itertools.chain(*(listed for listed, _ in name_lists())))
     only_z = [("Z", np.full(1000, 0.1, np.float32))]  # no name can be spelled: words in any order
-    assert set(data.recombine(only_z, RNG(0), spelled=1.0).text.split()) == {"Z"}
+    assert set(word_pieces.recombine(only_z, RNG(0), spelled=1.0).text.split()) == {"Z"}
+
+
+def test_known_words_of_a_sentence_stay_together_as_they_were_said() -> None:
+    text = "FIVE HUNDRED MEN AND A HALF"
+    pieces = [(word, np.full(100, i, np.float32)) for i, word in enumerate(text.split())]
+    kept = word_pieces.runs(pieces, data.READ_WORDS)
+    assert [said for said, _ in kept] == ["FIVE HUNDRED", "AND", "HALF"]  # A is an article here
+    np.testing.assert_array_equal(kept[0][1], np.repeat(np.float32([0, 1]), 100))
+    np.testing.assert_array_equal(kept[2][1], np.full(100, 5, np.float32))
+    assert word_pieces.runs(pieces, {"WOMEN"}) == []
+
+
+def test_rare_words_are_drawn_more_often_than_they_are_said() -> None:
+    """Nine takes of AND, one each of FIRST and of AND FIRST: chances of 1 / √10, 1 / √2, 1 / √2 a take."""
+    piece = np.ones(400, np.float32)
+    speakers = [[*[("AND", piece)] * 9, ("FIRST", piece)], [("AND FIRST", piece)]]
+    words = word_pieces.Words(speakers)
+    expected = np.array([*[10**-0.5] * 9, 2**-0.5])
+    np.testing.assert_allclose(words.chances[0], expected / expected.sum())
+    np.testing.assert_allclose(words.chances[1], [1])
+    rng, alone = RNG(0), word_pieces.Words(speakers[:1])  # here 1 / √9, nine times, and 1
+    said = [word for _ in range(1000) for word in alone.clip(rng).text.split()]
+    assert said.count("FIRST") / len(said) == pytest.approx(1 / 4, abs=0.02)
+    both = [words.clip(rng).text for _ in range(1000)]
+    assert sum(set(text.split()) == {"AND", "FIRST"} for text in both) > 500  # one speaker is as likely as the other
 
 
 def test_names_are_drawn_from_all_lists_the_common_ones_more_often() -> None:
