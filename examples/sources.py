@@ -10,7 +10,7 @@ import numpy as np
 from fast_twin import lower, onward
 from hearing import words_by_speaker
 from training_data import FRAME, RATE, READ_WORDS, Array, Clip, augment, noise_clip
-from word_pieces import Words
+from word_pieces import CutWords
 
 BATCH_SECONDS = 24.0  # of sound, which is seen twice
 BATCHES = 8  # made at a time
@@ -30,7 +30,7 @@ class Sources:
     clips: dict[str, list[Clip]]
     rng: np.random.Generator
     strength: float
-    words: dict[str, Words] = field(default_factory=dict)
+    words: dict[str, CutWords] = field(default_factory=dict)
 
     def cut(self, model: Any) -> None:
         """Cut words out of AN4, anew by every better model, and once out of LibriSpeech's sentences.
@@ -43,7 +43,7 @@ class Sources:
             rarer = READ_WORDS - {"AND", "OF", "I"}
             sentences = [clip for clip in self.clips["librispeech"] if rarer & set(clip.text.split())]
             found["librispeech words"] = words_by_speaker(model, sentences, READ_WORDS, errors=0.4)
-        self.words |= {source: Words(speakers) for source, speakers in found.items() if speakers}
+        self.words |= {source: CutWords(speakers) for source, speakers in found.items() if speakers}
 
     def clip(self, source: str) -> Clip:
         if source == "noise":

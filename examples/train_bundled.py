@@ -62,7 +62,7 @@ from pronounce import Pronunciations
 from sources import BATCH_SECONDS, Sources, Store
 from training_data import SPOKEN_WORDS, Clip, log_mel, normalize, read_corpus, synthesize, whole
 from transformers import SEWDConfig, SEWDForCTC
-from word_pieces import Words
+from word_pieces import CutWords
 
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is; the first one writes and prints
 CONFIG: dict[str, Any] = {
@@ -231,7 +231,7 @@ def train(
     limit, evaluated, kept, aligned = options.minutes * 60, elapsed if history else -1e9, elapsed, -1.0
     if words_file.exists():
         cut = torch.load(words_file, weights_only=False)
-        sources.words, aligned = {source: Words(speakers) for source, speakers in cut.items()}, elapsed / limit
+        sources.words, aligned = {source: CutWords(speakers) for source, speakers in cut.items()}, elapsed / limit
     while True:
         progress = min(elapsed / limit, 1.0)
         if elapsed - evaluated > min(300, limit / 15) or progress == 1:

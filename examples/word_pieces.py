@@ -71,7 +71,7 @@ def runs(pieces: Sequence[tuple[str, Array]], known: Collection[str]) -> list[tu
 
 
 @dataclass
-class Words:
+class CutWords:
     """What speakers have said, cut apart: a list of (text, samples) for each of them."""
 
     speakers: list[list[tuple[str, Array]]]

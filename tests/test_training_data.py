@@ -90,11 +90,11 @@ def test_rare_words_are_drawn_more_often_than_they_are_said() -> None:
     """Nine takes of AND, one each of FIRST and of AND FIRST: chances of 1 / √10, 1 / √2, 1 / √2 a take."""
     piece = np.ones(400, np.float32)
     speakers = [[*[("AND", piece)] * 9, ("FIRST", piece)], [("AND FIRST", piece)]]
-    words = word_pieces.Words(speakers)
+    words = word_pieces.CutWords(speakers)
     expected = np.array([*[10**-0.5] * 9, 2**-0.5])
     np.testing.assert_allclose(words.chances[0], expected / expected.sum())
     np.testing.assert_allclose(words.chances[1], [1])
-    rng, alone = RNG(0), word_pieces.Words(speakers[:1])  # here 1 / √9, nine times, and 1
+    rng, alone = RNG(0), word_pieces.CutWords(speakers[:1])  # here 1 / √9, nine times, and 1
     said = [word for _ in range(1000) for word in alone.clip(rng).text.split()]
     assert said.count("FIRST") / len(said) == pytest.approx(1 / 4, abs=0.02)
     both = [words.clip(rng).text for _ in range(1000)]
