@@ -12,8 +12,8 @@ import jiwer
 import numpy as np
 import torch
 import torch.nn.functional as F
-from training_data import Array, Clip, normalize
-from word_pieces import align, cut_words, runs
+from training_data import FRAME, Array, Clip, normalize
+from word_pieces import align, cut_words, pairs, runs
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 TOKEN = {token: index for index, token in enumerate(VOCABULARY)}
@@ -68,18 +68,33 @@ def loss_per_letter(model: Any, clips: list[Clip], change: Any = None) -> float:
 
 
 def words_by_speaker(
-    model: Any, clips: list[Clip], known: Collection[str] = (), errors: float = 0.3
+    model: Any, clips: list[Clip], known: Collection[str] = (), errors: float = 0.3, neighbours: bool = False
 ) -> list[list[tuple[str, Array]]]:
-    """Every speaker's words, cut apart, for ``recombine``; of the ``known`` ones only, where some are named.
+    """Every speaker's words, cut apart, for ``CutWords``; with ``neighbours`` each two that follow each other, too.
 
     Recordings of which the model mistakes a share of ``errors`` of the letters, or more, are left: its alignment of
-    what it does not hear could not be trusted.
+    what it does not hear could not be trusted. Where some words are ``known``, only these are cut out, as far as each
+    is heard where the alignment says; here neighbours stay together.
     """
     model.eval()
-    words: dict[str, list[tuple[str, Array]]] = {}
+    found: dict[str, list[tuple[str, Array]]] = {}
     for clip in clips:
         scores = log_probs(model, clip.wave())
-        if len(scores) > 2 * len(clip.text) and jiwer.cer(clip.text, decode(scores.argmax(-1)) or "-") < errors:
-            pieces = cut_words(clip.wave(), clip.text, align(scores, encode(clip.text), clip.text))
-            words.setdefault(clip.speaker, []).extend(runs(pieces, known) if known else pieces)
-    return [pieces for pieces in words.values() if len(pieces) > 10]
+        path = scores.argmax(-1)
+        if len(scores) <= 2 * len(clip.text) or jiwer.cer(clip.text, decode(path) or "-") >= errors:
+            continue
+        words, spans = clip.text.split(), align(scores, encode(clip.text), clip.text)
+        if known:
+            sure = [heard(word, path, span) for word, span in zip(words, spans, strict=True)]
+            words = [word if word in known and there else "" for word, there in zip(words, sure, strict=True)]
+        pieces = cut_words(clip.wave(), words, spans)
+        if known:
+            pieces = runs(pieces, known)
+        found.setdefault(clip.speaker, []).extend(pieces + pairs(pieces) if neighbours else pieces)
+    return [pieces for pieces in found.values() if len(pieces) > 10]
+
+
+def heard(word: str, path: Array, span: tuple[float, float]) -> bool:
+    """Whether the greedy ``path`` says a word, or nearly so, between its first and last letter in seconds."""
+    first, last = (round(seconds / FRAME) for seconds in span)
+    return bool(jiwer.cer(word, decode(path[max(first - 2, 0) : last + 2]) or "-") <= 0.4)

@@ -10,22 +10,23 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
-from training_data import SPOKEN_WORDS
+from training_data import RESPELLED, SPOKEN_WORDS
 
 ARTICLE = "ə"  # espeak-ng reads a lone A as the letter
 # Stress and length are left out, and sounds that few words have are taken for their neighbours.
 SIMPLER = str.maketrans({**dict.fromkeys("ˈˌː̩ "), "ᵻ": "ɪ", "ɐ": "ə", "ɾ": "t", "ʔ": "t"})
 
 
-def espeak_phonemes(words: list[str]) -> dict[str, str]:
-    """Each word's phonemes, a sign each (a diphthong is two), spoken alone; nothing where espeak-ng is not found."""
+def espeak_ipa(words: list[str]) -> dict[str, str]:
+    """Each word as espeak-ng writes it, spoken alone, with stress and length; nothing where it is not found."""
     program = shutil.which("espeak-ng")
     if not program:
         return {}
-    listed = "\n\n".join(words) + "\n"  # a paragraph each, so that none runs on
+    # A paragraph each, so that none runs on.
+    listed = "\n\n".join(RESPELLED.get(word, word) for word in words) + "\n"
     command = [program, "-q", "-v", "en-us", "--ipa", "--stdin"]
     spoken = subprocess.run(command, input=listed, check=True, capture_output=True, encoding="utf-8").stdout
-    return dict(zip(words, (line.translate(SIMPLER) for line in spoken.split("\n") if line), strict=True))
+    return dict(zip(words, (line.strip() for line in spoken.split("\n") if line), strict=True))
 
 
 class Pronunciations:
@@ -35,7 +36,9 @@ class Pronunciations:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.by_word = espeak_phonemes(sorted({word for text in texts for word in text.split()}))
+        ipa = espeak_ipa(sorted({word for text in texts for word in text.split()}))
+        # A sign each: a diphthong is two.
+        self.by_word = {word: said.translate(SIMPLER) for word, said in ipa.items()}
         self.phonemes = sorted(set("".join(self.by_word.values()) + ARTICLE)) if self.by_word else []
         self.number = {phoneme: n for n, phoneme in enumerate(self.phonemes, 1)}
 

@@ -16,10 +16,10 @@ BATCH_SECONDS = 24.0  # of sound, which is seen twice
 BATCHES = 8  # made at a time
 STORE_HOURS = 4.0
 SPELLED = 0.5  # of the clips put together from words, those that spell a name
-# Share of the sound that comes from each source, at the start and at the end.
+# Share of the sound that comes from each source, at the start and at the end; of those that there are.
 MIXTURE = {
-    "an4": (0.29, 0.38), "an4 words": (0.30, 0.36), "librispeech words": (0.07, 0.06), "spoken": (0.11, 0.09),
-    "librispeech": (0.20, 0.08), "noise": (0.03, 0.03),
+    "an4": (0.22, 0.32), "an4 words": (0.22, 0.27), "kokoro": (0.19, 0.14), "kokoro words": (0.14, 0.11),
+    "librispeech words": (0.05, 0.04), "spoken": (0.05, 0.03), "librispeech": (0.10, 0.06), "noise": (0.03, 0.03),
 }  # fmt: skip
 
 
@@ -33,23 +33,24 @@ class Sources:
     words: dict[str, CutWords] = field(default_factory=dict)
 
     def cut(self, model: Any) -> None:
-        """Cut words out of AN4, anew by every better model, and once out of LibriSpeech's sentences.
+        """Cut words out of AN4, anew by every better model, and once out of LibriSpeech's and Kokoro's sentences.
 
-        These say AND, FIRST or HUNDRED by more voices than AN4 has; of sentences with nothing but AND, OF and I there
-        are more than enough.
+        LibriSpeech's say AND, FIRST or HUNDRED by more voices than AN4 has; of those with nothing but AND, OF and I
+        there are more than enough.
         """
-        found = {"an4 words": words_by_speaker(model, self.clips["an4"])}
+        found = {"an4 words": words_by_speaker(model, self.clips["an4"], neighbours=True)}
         if "librispeech words" not in self.words:
             rarer = READ_WORDS - {"AND", "OF", "I"}
             sentences = [clip for clip in self.clips["librispeech"] if rarer & set(clip.text.split())]
-            found["librispeech words"] = words_by_speaker(model, sentences, READ_WORDS, errors=0.4)
+            found["librispeech words"] = words_by_speaker(model, sentences, READ_WORDS, errors=0.5)
+            found["kokoro words"] = words_by_speaker(model, self.clips.get("kokoro", []))
         self.words |= {source: CutWords(speakers) for source, speakers in found.items() if speakers}
 
     def clip(self, source: str) -> Clip:
         if source == "noise":
             return noise_clip(self.rng)
         if source in self.words:
-            return self.words[source].clip(self.rng, SPELLED if source == "an4 words" else 0.0)
+            return self.words[source].clip(self.rng, 0.0 if source == "librispeech words" else SPELLED)
         return self.clips[source][int(self.rng.integers(len(self.clips[source])))]
 
     def draw(self, seconds: float, progress: float = 0.0, longest: float = 18.0) -> list[tuple[Array, str]]:
@@ -57,7 +58,7 @@ class Sources:
         shares = {}
         for source, (start, end) in MIXTURE.items():
             if source == "noise" or source in self.words or self.clips.get(source):
-                made = {"noise": 1.8, "an4 words": 3.0, "librispeech words": 1.5}
+                made = {"noise": 1.8, "an4 words": 2.8, "kokoro words": 2.5, "librispeech words": 1.5}
                 mean = made.get(source) or np.mean([clip.seconds for clip in self.clips[source]])
                 shares[source] = (start + (end - start) * progress) / mean  # by sound, not by clips
         names, weights = list(shares), np.array(list(shares.values()))

@@ -9,9 +9,10 @@ path, text (upper case), speaker and part (train or dev), a line each, tabs betw
 transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. What happens, in order:
 
 1. *Data* (``training_data.py``, ``sources.py``): AN4's 38 minutes, five hours of LibriSpeech for the variety of voices,
-   hours of text-to-speech, AN4's words put together anew, the rare ones more often, half of them as spelled names;
-   AN4's words that LibriSpeech has too, by its voices; each clip at another speed and tempo, from another vocal tract,
-   in another room, over another line, in other noise, every time.
+   hours of text-to-speech, with ``--kokoro`` also by some hundred voices like people's (``neural_voices.py``); AN4's
+   words, Kokoro's, and those of AN4's that LibriSpeech has too, put together anew by each speaker, the rare ones more
+   often, half of them as spelled names; each clip at another speed and tempo, from another vocal tract, in another
+   room, over another line, in other noise, every time.
 2. *Warm the front end.* From random weights the CTC loss stays on a plateau where the model emits nothing. The 13
    convolutions see 25 ms and step 20 ms, exactly as a spectrogram does, so they first learn to give log-mel energies.
    ``--init FOLDER`` starts from a checkpoint instead.
@@ -60,7 +61,7 @@ from hearing import ctc, encode, word_error_rate
 from muon import Muon
 from pronounce import Pronunciations
 from sources import BATCH_SECONDS, Sources, Store
-from training_data import SPOKEN_WORDS, Clip, log_mel, normalize, read_corpus, synthesize, whole
+from training_data import SPOKEN_WORDS, Clip, load_clips, log_mel, normalize, read_corpus, synthesize, whole
 from transformers import SEWDConfig, SEWDForCTC
 from word_pieces import CutWords
 
@@ -317,6 +318,7 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="of augmentation; 0.5 for a short training")
     parser.add_argument("--rate", type=float, default=PEAK_RATE, help="highest learning rate; less to refine a model")
     parser.add_argument("--strings", type=int, default=12000, help="text-to-speech strings")
+    parser.add_argument("--kokoro", type=Path, help="file of more natural ones, which neural_voices.py makes")
     parser.add_argument("--hours", type=float, default=2.0, help="of sound in the store before the first step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -331,6 +333,8 @@ def main() -> None:
     if dist.is_initialized():
         dist.barrier()
     clips["spoken"] = synthesize(options.strings, options.out, options.seed)
+    if options.kokoro:
+        clips["kokoro"] = load_clips(options.kokoro)
     # Its dev part too: nothing is measured on LibriSpeech, and two more voices are worth having.
     clips["librispeech"] = [
         clip for part in ("train", "dev") for clip in read_corpus(options.speech / "mini_librispeech_opus", part)

@@ -39,6 +39,7 @@ from training_data import (
     Clip,
     augment,
     change_speed,
+    load_clips,
     noise_clip,
     normalize,
     read_corpus,
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, help="folder of the corpora, as for train_bundled.py")
     parser.add_argument("--recognizer", type=Path, default=Path("trained/an4"), help="what train_bundled.py exported")
     parser.add_argument("--out", type=Path, default=Path("trained/keywords"))
+    parser.add_argument("--kokoro", type=Path, help="file of more voices, which neural_voices.py makes")
     parser.add_argument("--batches", type=int, default=800, help="augmented words that are heard, in batches of 32")
     parser.add_argument("--epochs", type=int, default=6, help="how often each is trained on")
     parser.add_argument("--seed", type=int, default=0)
@@ -217,6 +219,7 @@ def main() -> None:
     recognizer: Any = SEWDForCTC.from_pretrained(options.recognizer, dtype=torch.float32)
     recognizer.eval()
     train_clips, dev = (read_corpus(options.speech / "an4", part) for part in ("train", "dev"))
+    train_clips += load_clips(options.kokoro) if options.kokoro else []
     words = [pair for speaker in words_by_speaker(recognizer, train_clips) for pair in speaker]
     options.out.mkdir(parents=True, exist_ok=True)
     others = [word for word in (*LETTERS, *TEENS, *TENS, *MONTHS, *ORDINALS) if word not in UNCLEAR]

@@ -38,6 +38,7 @@ OTHERS = "AND OF HALF HUNDRED THOUSAND AREA CODE APOSTROPHE".split()
 SPOKEN_WORDS = {*LETTERS, *DIGITS, *TEENS, *TENS, *MONTHS, *ORDINALS, *COMMANDS, *OTHERS}  # AN4's
 # Those that mean the same sound in a sentence of a book, where A is the article and X a number.
 READ_WORDS = SPOKEN_WORDS - set(LETTERS) | {"I"}
+RESPELLED = {"RUBOUT": "RUB OUT"}  # for programs that would say "roo-bout"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,22 @@ def read_corpus(folder: Path, part: str) -> list[Clip]:
                 assert rate == RATE, (row["path"], rate)
                 clips.append(Clip(samples, row["text"], row["speaker"]))
     return clips
+
+
+def save_clips(clips: Sequence[Clip], path: Path) -> None:
+    """Write clips as one file."""
+    samples = np.concatenate([clip.samples for clip in clips])
+    ends = np.cumsum([len(clip.samples) for clip in clips])
+    texts, voices = (np.array([getattr(clip, name) for clip in clips]) for name in ("text", "speaker"))
+    with whole(path) as part, part.open("wb") as file:
+        np.savez(file, samples=samples, ends=ends, texts=texts, voices=voices)
+
+
+def load_clips(path: Path) -> list[Clip]:
+    """What ``save_clips`` wrote."""
+    found = np.load(path)
+    waves = np.split(found["samples"], found["ends"][:-1])
+    return [Clip(w, str(t), str(v)) for w, t, v in zip(waves, found["texts"], found["voices"], strict=True)]
 
 
 # ------------------------------------------------------------------------------ text-to-speech
@@ -144,36 +161,32 @@ def synthesize(count: int, folder: Path, seed: int, texts: Sequence[str] = ()) -
             return []
         rng = np.random.default_rng(seed)
         texts = texts or [random_text(rng) for _ in range(count)]
-        pairs = [_speak(programs, text, folder / "spoken.wav", rng) for text in texts]
+        clips = [_speak(programs, text, folder / "spoken.wav", rng) for text in texts]
         (folder / "spoken.wav").unlink()
-        waves, spoken, voices = zip(*[pair for pair in pairs if len(pair[0]) > RATE // 5], strict=True)
-        ends = np.cumsum([len(wave) for wave in waves])
-        with whole(store) as part, part.open("wb") as file:
-            np.savez(file, samples=np.concatenate(waves), ends=ends, texts=np.array(spoken), voices=np.array(voices))
-    kept = np.load(store)
-    waves = np.split(kept["samples"], kept["ends"][:-1])
-    return [Clip(w, str(t), str(v)) for w, t, v in zip(waves, kept["texts"], kept["voices"], strict=True)]
+        save_clips([clip for clip in clips if clip.seconds > 0.2], store)
+    return load_clips(store)
 
 
-def _speak(programs: list[str], text: str, path: Path, rng: np.random.Generator) -> tuple[Array, str, str]:
-    """One string by a random voice; pauses between words at random."""
+def _speak(programs: list[str], text: str, path: Path, rng: np.random.Generator) -> Clip:
+    """One string by a random voice; pauses between words at random. A among other words would be the article."""
     comma = rng.choice([" ", ", ", " "])
+    words = [RESPELLED.get(word, word) for word in text.split()]
     if "espeak-ng" in programs and (rng.random() < 0.45 or "flite" not in programs):
         variant = str(rng.choice([f"m{i}" for i in range(1, 9)] + [f"f{i}" for i in range(1, 6)] + ["croak", "klatt"]))
         accent = str(rng.choice(["en-us"] if "Z" in text.split() else ["en-us", "en-us", "en-us", "en-gb"]))  # zee
         rate, pitch = str(rng.integers(110, 200)), str(rng.integers(20, 80))
         voice = f"{accent}+{variant}"
-        command = ["espeak-ng", "-v", voice, "-s", rate, "-p", pitch, "-w", str(path), comma.join(text.split())]
+        said = comma.join("[['eI]]" if word == "A" else word for word in words)
+        command = ["espeak-ng", "-v", voice, "-s", rate, "-p", pitch, "-w", str(path), said]
     else:
         voice = str(rng.choice(["awb", "kal16", "rms", "slt"]))
         stretch = f"duration_stretch={rng.uniform(0.75, 1.35):.2f}"
         pitch = f"int_f0_target_mean={rng.uniform(85, 230):.0f}"
-        # flite reads a lone A as the article.
-        words = comma.join("ay" if word == "A" else word.lower() if len(word) > 1 else word for word in text.split())
-        command = ["flite", "-voice", voice, "--seti", pitch, "--setf", stretch, "-t", words, "-o", str(path)]
+        said = comma.join("ay" if word == "A" else word.lower() if len(word) > 1 else word for word in words)
+        command = ["flite", "-voice", voice, "--seti", pitch, "--setf", stretch, "-t", said, "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     wave, rate_found = soundfile.read(path, dtype="float32")
-    return as_samples(soxr.resample(wave, rate_found, RATE) * 0.7), text, voice
+    return Clip(as_samples(soxr.resample(wave, rate_found, RATE) * 0.7), text, voice)
 
 
 # ---------------------------------------------------------------------------- augmentation

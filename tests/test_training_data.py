@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import hearing
 import numpy as np
 import pronounce
 import pytest
+import soundfile
 import training_data as data
 import word_pieces
 from scipy import signal
@@ -52,28 +54,65 @@ def test_alignment_keeps_a_doubled_letter_apart() -> None:
 def test_words_are_cut_where_it_is_quiet() -> None:
     wave = RNG(0).standard_normal(16_000).astype(np.float32)
     wave[7000:8500] = 0
-    pieces = word_pieces.cut_words(wave, "TWO SIX", [(0.1, 0.3), (0.7, 0.9)])
+    pieces = word_pieces.cut_words(wave, ["TWO", "SIX"], [(0.1, 0.3), (0.7, 0.9)])
     assert [word for word, _ in pieces] == ["TWO", "SIX"]
     assert 7000 <= len(pieces[0][1]) <= 8500
     np.testing.assert_array_equal(np.concatenate([wave for _, wave in pieces]), wave)
 
 
-def test_recombined_words_say_what_the_text_says() -> None:
-    words = [(name, np.full(1000 + 500 * i, 0.1 * (i + 1), np.float32)) for i, name in enumerate(["A", "B", "C"])]
-    for seed in range(20):
-        clip = word_pieces.recombine(words, RNG(seed))
-        said = clip.text.split()
-        assert 1 <= len(said) <= 8
-        assert len(clip.samples) == sum(len(dict(words)[word]) for word in said)
-    assert len({word_pieces.recombine(words, RNG(seed)).text for seed in range(20)}) > 10
+def test_clips_say_what_their_texts_say() -> None:
+    """Three tones in place of words: they are heard in the order of the text. C is never said but before B."""
+    hertz = {"A": 320, "B": 704, "C B": 1536}
+    tones = {said: np.sin(np.arange(4000) * h * 2 * np.pi / 16_000).astype(np.float32) / 2 for said, h in hertz.items()}
+    words = word_pieces.CutWords([list(tones.items())])
+    said = {words.clip(RNG(seed)).text for seed in range(150)}
+    assert len(said) > 10 and {len(text.split()) for text in said} >= {*range(1, 9)}
+    for seed in range(30):
+        clip = words.clip(RNG(seed))
+        frames = clip.wave()[: len(clip.samples) // 500 * 500].reshape(-1, 500)
+        heard = [16_000 / 500 * int(peak) for peak in np.abs(np.fft.rfft(frames)).argmax(1)]
+        names = {h: name.replace(" ", "") for name, h in hertz.items()}
+        order = [name for name, _ in itertools.groupby(names[h] for h in heard if h in names)]
+        assert order == [name for name, _ in itertools.groupby(clip.text.replace("C B", "CB").split())]
+
+
+def test_a_space_need_not_be_a_pause() -> None:
+    """Half a second of sound between half seconds of next to nothing: at some joints it goes, at the ends it stays."""
+    sound = RNG(0).standard_normal(8000).astype(np.float32) / 9
+    hush = RNG(1).standard_normal(8000).astype(np.float32) / 9000
+    piece = np.concatenate([hush, sound, hush])
+    assert word_pieces.quiet_edges(piece, 1 / 9000**2) == pytest.approx((7680, 7680), abs=160)
+    assert word_pieces.quiet_edges(hush, 1.0) == (0, 0)
+    words = word_pieces.CutWords([[("A", piece)]])
+    longest = shortest = 0
+    for seed in range(60):
+        clip = words.clip(RNG(seed))
+        count = len(clip.text.split())
+        wave = clip.wave()
+        assert np.abs(wave[:7000]).max() < 0.01 and np.abs(wave[-7000:]).max() < 0.01
+        tight = count * 8000 + 2 * 8000 + (count - 1) * 320  # 20 ms left on both sides and 20 ms of overlap
+        assert tight - 500 * count <= len(wave) <= 24_000 * count
+        longest += count > 1 and len(wave) == 24_000 * count
+        shortest += count > 1 and len(wave) < tight + 500
+    assert longest and shortest
+
+
+def test_waves_are_joined_where_they_should_be() -> None:
+    ones = [np.ones(size, np.float32) for size in (1000, 500, 700)]
+    out = word_pieces.joined(ones, [0, 160])
+    assert len(out) == 2040
+    np.testing.assert_array_equal(out[200:800], 1)
+    assert out[999] == out[1000] == 0 and out[0] == 0 and out[-1] == 0
+    np.testing.assert_allclose(out[1340:1500], 1, atol=1e-6)  # one fades as the other comes
 
 
 def test_names_are_spelled_as_far_as_a_speakers_letters_go() -> None:
-    words = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLISDMC")]
-    said = {word_pieces.recombine(words, RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
+    pieces = [(letter, np.full(1000 + i, 0.1, np.float32)) for i, letter in enumerate("ANERTOLISDMC")]
+    words = word_pieces.CutWords([pieces])
+    said = {words.clip(RNG(seed), spelled=1.0).text.replace(" ", "") for seed in range(60)}
     assert len(said) > 20 and said <= set(itertools.chain(*(listed for listed, _ in name_lists())))
-    only_z = [("Z", np.full(1000, 0.1, np.float32))]  # no name can be spelled: words in any order
-    assert set(word_pieces.recombine(only_z, RNG(0), spelled=1.0).text.split()) == {"Z"}
+    only_z = word_pieces.CutWords([[("Z", np.full(1000, 0.1, np.float32))]])  # spells no name: words in any order
+    assert set(only_z.clip(RNG(0), spelled=1.0).text.split()) == {"Z"}
 
 
 def test_known_words_of_a_sentence_stay_together_as_they_were_said() -> None:
@@ -84,6 +123,9 @@ def test_known_words_of_a_sentence_stay_together_as_they_were_said() -> None:
     np.testing.assert_array_equal(kept[0][1], np.repeat(np.float32([0, 1]), 100))
     np.testing.assert_array_equal(kept[2][1], np.full(100, 5, np.float32))
     assert word_pieces.runs(pieces, {"WOMEN"}) == []
+    two = word_pieces.pairs(pieces[:3])
+    assert [said for said, _ in two] == ["FIVE HUNDRED", "HUNDRED MEN"]
+    np.testing.assert_array_equal(two[1][1], np.repeat(np.float32([1, 2]), 100))
 
 
 def test_rare_words_are_drawn_more_often_than_they_are_said() -> None:
@@ -205,6 +247,31 @@ def test_everything_that_an4_says_is_known_to_be_so() -> None:
     assert said <= data.SPOKEN_WORDS and len(said) > 80
 
 
+def test_clips_are_kept_in_a_file(tmp_path: Path) -> None:
+    clips = [data.Clip(RNG(n).integers(-99, 99, 50 + n).astype(np.int16), f"TEXT {n}", f"voice {n}") for n in range(3)]
+    data.save_clips(clips, tmp_path / "clips.npz")
+    found = data.load_clips(tmp_path / "clips.npz")
+    for clip, again in zip(clips, found, strict=True):
+        np.testing.assert_array_equal(clip.samples, again.samples)
+        assert (clip.text, clip.speaker) == (again.text, again.speaker)
+
+
+@pytest.mark.parametrize("program", ["flite", "espeak-ng"])
+def test_programs_are_told_how_to_read(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A is a letter wherever it stands, and RUBOUT is "rub out"."""
+    told: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> None:
+        told.append(command)
+        soundfile.write(tmp_path / "spoken.wav", np.zeros(8000), 8000)
+
+    monkeypatch.setattr(data.subprocess, "run", run)
+    clip = data._speak([program], "RUBOUT A L", tmp_path / "spoken.wav", RNG(0))
+    assert clip.text == "RUBOUT A L" and clip.seconds == 1
+    said = next(part for part in told[0] if "rub out" in part.lower()).replace(",", "")
+    assert said == {"flite": "rub out ay L", "espeak-ng": "RUB OUT [['eI]] L"}[program]
+
+
 def test_bands_are_missing_from_some_clips_and_nothing_is_added() -> None:
     """White noise through every room and line: its spectrum keeps its size but for curve, edges and bands."""
     wave = RNG(0).standard_normal(16_000).astype(np.float32)
@@ -220,8 +287,8 @@ def test_bands_are_missing_from_some_clips_and_nothing_is_added() -> None:
 
 def test_pronunciations_are_numbered_phonemes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A letter A is pronounced as one, the article as an article; 0 is left to CTC's blank."""
-    known = {"A": "eɪ", "B": "bi", "CAT": "kæt", "SIX": "sɪks"}
-    monkeypatch.setattr(pronounce, "espeak_phonemes", lambda words: {word: known[word] for word in words})
+    known = {"A": "ˈeɪ", "B": "bˈiː", "CAT": "kˈæt", "SIX": "sˈɪks"}
+    monkeypatch.setattr(pronounce, "espeak_ipa", lambda words: {word: known[word] for word in words})
     spoken = pronounce.Pronunciations(["B A SIX", "A CAT"])
     assert spoken.phonemes == sorted(set("eɪbikætsə"))
 
@@ -240,9 +307,11 @@ def test_without_espeak_there_are_no_phonemes(monkeypatch: pytest.MonkeyPatch) -
 def test_espeak_pronounces_each_word_by_itself() -> None:
     if not pronounce.shutil.which("espeak-ng"):
         pytest.skip("espeak-ng is not installed")
-    spoken = pronounce.espeak_phonemes(["A", "B", "SIX", "THAT'S", "W"])
-    assert list(spoken) == ["A", "B", "SIX", "THAT'S", "W"] and all(spoken.values())
-    assert (spoken["A"], spoken["B"], spoken["SIX"], spoken["W"]) == ("eɪ", "bi", "sɪks", "dʌbəlju")
+    words = ["A", "B", "RUBOUT", "SIX", "THAT'S", "W"]
+    spoken = pronounce.espeak_ipa(words)
+    assert list(spoken) == words and all(spoken.values())
+    assert [spoken[word] for word in words[:4]] == ["ˈeɪ", "bˈiː", "ɹˈʌb ˈaʊt", "sˈɪks"]
+    assert pronounce.Pronunciations(words).by_word["W"] == "dʌbəlju"
 
 
 def test_mel_frames_are_the_models_frames() -> None:
