@@ -1,6 +1,7 @@
 """Text-to-speech that sounds like people: Kokoro (82 million parameters, Apache-2.0) says AN4's words in many voices.
 
-    hf download onnx-community/Kokoro-82M-v1.0-ONNX onnx/model_quantized.onnx voices/* --local-dir kokoro
+    hf download onnx-community/Kokoro-82M-v1.0-ONNX --include onnx/model_quantized.onnx --include 'voices/*.bin' \\
+        --local-dir kokoro
     python examples/neural_voices.py --kokoro kokoro --clips 2600 --out kokoro.npz
 
 flite and espeak-ng have four voices that were somebody's, and synthetic ones. Kokoro has 54, and the vectors that are a

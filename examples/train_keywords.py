@@ -183,8 +183,9 @@ def accuracy(model: Any, words: Sequence[Word]) -> tuple[float, int]:
     return float(np.mean(right)), len(right)
 
 
-def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[float, int]], minutes: float) -> None:
+def export(model: Any, figures: dict[str, tuple[float, int]], minutes: float, options: argparse.Namespace) -> None:
     """The folder that sewd_np bundles: the tensors that were trained, and a configuration naming the encoder shared."""
+    folder, recognizer = options.out, options.recognizer
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items() if name in learned}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -200,6 +201,7 @@ def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[
         shutil.copyfile(recognizer / name, folder / name)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % | {count} |" for name, (share, count) in figures.items())
     card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows).replace("{MINUTES}", f"{minutes:.0f}")
+    card = card.replace("{KOKORO}", ", some of them by Kokoro-82M in mixtures of its voices" if options.kokoro else "")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -242,7 +244,7 @@ def main() -> None:
     figures = {name: accuracy(model, group) for name, group in words_to_measure(recognizer, dev).items()}
     for name, (share, count) in figures.items():
         print(f"{name}: {100 * share:.1f} % of {count}")
-    export(options.out, options.recognizer, model, figures, minutes)
+    export(model, figures, minutes, options)
 
 
 if __name__ == "__main__":
