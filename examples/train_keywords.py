@@ -39,7 +39,6 @@ from training_data import (
     Clip,
     augment,
     change_speed,
-    load_clips,
     noise_clip,
     normalize,
     read_corpus,
@@ -183,9 +182,8 @@ def accuracy(model: Any, words: Sequence[Word]) -> tuple[float, int]:
     return float(np.mean(right)), len(right)
 
 
-def export(model: Any, figures: dict[str, tuple[float, int]], minutes: float, options: argparse.Namespace) -> None:
+def export(folder: Path, recognizer: Path, model: Any, figures: dict[str, tuple[float, int]], minutes: float) -> None:
     """The folder that sewd_np bundles: the tensors that were trained, and a configuration naming the encoder shared."""
-    folder, recognizer = options.out, options.recognizer
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items() if name in learned}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -201,7 +199,6 @@ def export(model: Any, figures: dict[str, tuple[float, int]], minutes: float, op
         shutil.copyfile(recognizer / name, folder / name)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % | {count} |" for name, (share, count) in figures.items())
     card = CARD.read_text(encoding="utf-8").replace("{FIGURES}", rows).replace("{MINUTES}", f"{minutes:.0f}")
-    card = card.replace("{KOKORO}", ", some of them by Kokoro-82M in mixtures of its voices" if options.kokoro else "")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -210,7 +207,6 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, help="folder of the corpora, as for train_bundled.py")
     parser.add_argument("--recognizer", type=Path, default=Path("trained/an4"), help="what train_bundled.py exported")
     parser.add_argument("--out", type=Path, default=Path("trained/keywords"))
-    parser.add_argument("--kokoro", type=Path, help="file of more voices, which neural_voices.py makes")
     parser.add_argument("--batches", type=int, default=800, help="augmented words that are heard, in batches of 32")
     parser.add_argument("--epochs", type=int, default=6, help="how often each is trained on")
     parser.add_argument("--seed", type=int, default=0)
@@ -221,7 +217,6 @@ def main() -> None:
     recognizer: Any = SEWDForCTC.from_pretrained(options.recognizer, dtype=torch.float32)
     recognizer.eval()
     train_clips, dev = (read_corpus(options.speech / "an4", part) for part in ("train", "dev"))
-    train_clips += load_clips(options.kokoro) if options.kokoro else []
     words = [pair for speaker in words_by_speaker(recognizer, train_clips) for pair in speaker]
     options.out.mkdir(parents=True, exist_ok=True)
     others = [word for word in (*LETTERS, *TEENS, *TENS, *MONTHS, *ORDINALS) if word not in UNCLEAR]
@@ -244,7 +239,7 @@ def main() -> None:
     figures = {name: accuracy(model, group) for name, group in words_to_measure(recognizer, dev).items()}
     for name, (share, count) in figures.items():
         print(f"{name}: {100 * share:.1f} % of {count}")
-    export(model, figures, minutes, options)
+    export(options.out, options.recognizer, model, figures, minutes)
 
 
 if __name__ == "__main__":
