@@ -6,7 +6,7 @@
 
 flite and espeak-ng have four voices that were somebody's, and synthetic ones. Kokoro has 54, and the vectors that are a
 voice may be mixed from two, its timbre from one pair and its manner of speaking from another: hundreds of people who
-spell, count and give dates. Half a second of work for every second of speech; all processor cores are used.
+spell, count and give dates. All processor cores are used; each makes a second of speech in about a second.
 
 Needs onnxruntime (the ``bench`` extra) and espeak-ng. What it writes is for ``train_bundled.py --kokoro``.
 """
