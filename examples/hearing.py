@@ -85,12 +85,11 @@ def words_by_speaker(
             continue
         words, spans = clip.text.split(), align(scores, encode(clip.text), clip.text)
         if known:
-            sure = [heard(word, path, span) for word, span in zip(words, spans, strict=True)]
-            words = [word if word in known and there else "" for word, there in zip(words, sure, strict=True)]
+            said = zip(words, spans, strict=True)
+            words = [word if word in known and heard(word, path, span) else "" for word, span in said]
         pieces = cut_words(clip.wave(), words, spans)
-        if known:
-            pieces = runs(pieces, known)
-        found.setdefault(clip.speaker, []).extend(pieces + pairs(pieces) if neighbours else pieces)
+        more = pairs(pieces) if neighbours else []
+        found.setdefault(clip.speaker, []).extend(runs(pieces, known) if known else pieces + more)
     return [pieces for pieces in found.values() if len(pieces) > 10]
 
 
