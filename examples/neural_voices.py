@@ -29,6 +29,7 @@ from training_data import LETTERS, RATE, SPOKEN_WORDS, TEENS, Array, Clip, as_sa
 KOKORO_RATE = 24_000
 TIMBRE = 128  # of a voice's 256 numbers the first ones; the others say how it speaks
 SPEAKERS = 240
+HASTE = np.log(0.6), np.log(1.25)  # natural logarithm of the speed: some spell as one does for a clerk who writes
 # Of Kokoro's signs those that AN4's words need, with the numbers that its tokenizer.json gives them.
 SIGNS = {
     " ": 16, ",": 3, "A": 24, "I": 25, "O": 31, "W": 39, "b": 44, "d": 46, "f": 48, "h": 50, "i": 51, "j": 52, "k": 53,
@@ -109,7 +110,7 @@ class Kokoro:
         feeds = {
             self.tokens: np.array([[0, *ids, 0]]),
             "style": style,
-            "speed": np.full(1, rng.uniform(0.8, 1.25), np.float32),
+            "speed": np.full(1, np.exp(rng.uniform(*HASTE)), np.float32),
         }
         wave = soxr.resample(self.session.run(None, feeds)[0].ravel(), KOKORO_RATE, RATE)
         loud = np.flatnonzero(np.abs(wave) > 0.01)
@@ -122,7 +123,7 @@ class Kokoro:
         letters = rng.random() < 0.35
         text = " ".join(rng.choice(LETTERS, rng.integers(4, 9))) if letters else random_text(rng)
         speaker = number % len(self.speakers)
-        return Clip(self.say(text, speaker, rng), text, f"kokoro {speaker}")
+        return Clip(self.say(text, speaker, rng), text, f"kokoro {seed} {speaker}")
 
 
 def main() -> None:
