@@ -45,14 +45,45 @@ def word_error_rate(model: Any, clips: list[Clip], change: Any = None) -> float:
     return float(jiwer.wer([clip.text for clip in clips], heard))
 
 
-def ctc(logits: Any, frames: Any, labels: list[list[int]]) -> Any:
-    """Mean CTC loss per letter, or per phoneme, of a batch."""
+def ctc_each(scores: Any, frames: Any, labels: list[list[int]]) -> Any:
+    """CTC loss (b,) of each clip of a batch, from its log-probabilities (b, s, v)."""
     sizes = torch.tensor([len(ids) for ids in labels])
     flat = torch.tensor([i for ids in labels for i in ids], dtype=torch.long)
-    scores = torch.log_softmax(logits.float(), -1).transpose(0, 1)
-    frames = frames.clamp(max=len(scores))
-    loss = F.ctc_loss(scores, flat, frames, sizes, reduction="sum", zero_infinity=True)
-    return loss / max(int(sizes.sum()), 1)
+    frames = frames.clamp(max=scores.shape[1])
+    return F.ctc_loss(scores.transpose(0, 1), flat, frames, sizes, reduction="none", zero_infinity=True)
+
+
+def ctc(logits: Any, frames: Any, labels: list[list[int]]) -> Any:
+    """Mean CTC loss per letter, or per phoneme, of a batch."""
+    losses = ctc_each(torch.log_softmax(logits.float(), -1), frames, labels)
+    return losses.sum() / max(sum(map(len, labels)), 1)
+
+
+def expected_word_errors(logits: Any, frames: Any, texts: list[str], draws: int = 8) -> Any:
+    """Word error rate that the model may expect of itself, which it learns to lower (Graves & Jaitly, ICML 2014).
+
+    CTC asks for the letters and treats every frame alone, so parts of two spellings may meet: EIGH and GHT in EIGHGHT.
+    Counted in words, that is as wrong as anything. Of each clip ``draws`` paths are drawn from the distributions of its
+    frames; what they say, each once, is weighed by its CTC probability among these (arXiv 1712.01818, equation 4).
+    """
+    scores = torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        drawn = torch.multinomial(scores.flatten(0, 1).exp(), draws, replacement=True)
+    paths = drawn.view(*scores.shape[:2], draws).cpu().numpy()
+    said = [
+        sorted({decode(paths[clip, :count, draw]) for draw in range(draws)})
+        for clip, count in enumerate(frames.tolist())
+    ]
+    clips = [clip for clip, hypotheses in enumerate(said) for _ in hypotheses]
+    losses = ctc_each(scores[clips], frames[clips], [encode(text) for hypotheses in said for text in hypotheses])
+    expected: Any = 0.0
+    words = 0
+    for text, hypotheses, loss in zip(texts, said, torch.split(losses, [*map(len, said)]), strict=True):
+        count = max(len(text.split()), 1)
+        wrong = torch.tensor([jiwer.wer(text, hypothesis) * count for hypothesis in hypotheses])
+        expected = expected + (torch.softmax(-loss, 0) * wrong.to(loss)).sum()
+        words += count
+    return expected / words
 
 
 def loss_per_letter(model: Any, clips: list[Clip], change: Any = None) -> float:

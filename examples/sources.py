@@ -18,8 +18,8 @@ STORE_HOURS = 4.0
 SPELLED = 0.5  # of the clips put together from words, those that spell a name
 # Share of the sound that comes from each source, at the start and at the end; of those that there are.
 MIXTURE = {
-    "an4": (0.22, 0.32), "an4 words": (0.22, 0.27), "kokoro": (0.19, 0.14), "kokoro words": (0.14, 0.11),
-    "librispeech words": (0.05, 0.04), "spoken": (0.05, 0.03), "librispeech": (0.10, 0.06), "noise": (0.03, 0.03),
+    "an4": (0.20, 0.30), "an4 words": (0.20, 0.26), "kokoro": (0.22, 0.17), "kokoro words": (0.15, 0.12),
+    "librispeech words": (0.05, 0.04), "spoken": (0.05, 0.02), "librispeech": (0.10, 0.06), "noise": (0.03, 0.03),
 }  # fmt: skip
 
 

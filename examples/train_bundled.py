@@ -20,7 +20,8 @@ transformers' SEWDForCTC is the trainable twin; sewd_np reads what it learns. Wh
    by the clock: learning rate and mixture depend on the share of ``--minutes`` that has passed, so a slower machine
    makes fewer steps of the same course. LibriSpeech's sentences go no higher than halfway: they teach the sounds of
    more voices, while the upper layers learn to tell AN4's hundred words apart rather than to spell English. Every clip
-   is seen twice at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC).
+   is seen twice at once with other stretches masked, and the model is also asked to say the same both times (CR-CTC),
+   and later to get few words wrong, rather than letters: what its frames might say is drawn, and its errors counted.
    The lower convolutions are a filter bank by then and stay as they are; what they give for an augmented clip is kept,
    for several steps, in a store of some hours that is renewed all the time (``sources.py``, ``fast_twin.py``). Muon
    moves the matrices.
@@ -57,7 +58,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bundle import average, check_twin, choose, export, finalists, lowered
 from fast_twin import has_bfloat16, upper
-from hearing import ctc, encode, word_error_rate
+from hearing import ctc, encode, expected_word_errors, word_error_rate
 from muon import Muon
 from pronounce import Pronunciations
 from sources import BATCH_SECONDS, Sources, Store
@@ -74,6 +75,8 @@ CONFIG: dict[str, Any] = {
 DROPOUT = 0.1
 MIDDLE = 0.4  # weight of the loss after the middle layer
 CONSISTENCY = 0.2  # weight of the two views' disagreement
+WORD_ERRORS = 2.0  # weight of the expected word error rate
+WORDS_COUNT = 0.3  # of the course; from there on it is a part of the loss
 RENEWED = 0.25  # seconds of sound put into the store for every second that is trained on
 PEAK_RATE = 7e-4
 TRAINED_CONVOLUTIONS = 0.6  # of the course; from there on only the upper two are
@@ -134,14 +137,20 @@ def empty_frame(bias: Any) -> Any:
 
 
 def train_step(
-    model: Any, clips: list[tuple[Any, str, int]], frozen: int, pool: Any, pronunciations: Pronunciations
+    model: Any,
+    clips: list[tuple[Any, str, int]],
+    frozen: int,
+    pool: Any,
+    pronunciations: Pronunciations,
+    words_count: bool = False,
 ) -> tuple[Any, float]:
     """Loss of one batch, seen twice, and the part of it that is CTC at the top, which the curve shows.
 
     CTC of letters at the top, CTC of phonemes after the middle layer (of letters, through the same head, where there
-    are no phonemes), how far both views differ, and that an empty frame says nothing. Sentences of other words than
-    AN4's, LibriSpeech's, end at the middle layer: they teach what sounds there are, and the layers above need not spell
-    English, but tell a hundred words from each other. A batch of these alone has a CTC loss of not a number.
+    are no phonemes), how far both views differ, and that an empty frame says nothing; where ``words_count``, also the
+    word error rate that is to be expected. Sentences of other words than AN4's, LibriSpeech's, end at the middle layer:
+    they teach what sounds there are, and the layers above need not spell English, but tell a hundred words from each
+    other. A batch of these alone has a CTC loss of not a number.
     """
     batch = torch.nn.utils.rnn.pad_sequence([features for features, _, _ in clips], batch_first=True)
     batch = batch.to(pool.device, pool.dtype)
@@ -156,8 +165,11 @@ def train_step(
     total = MIDDLE * ctc(middle, frames.repeat(2), sounds * 2) + empty_frame(model.lm_head.bias)
     if not known.any():
         return total, float("nan")
-    letters = [encode(text) for text, knows in zip(texts, known.tolist(), strict=True) if knows]
+    texts = [text for text, knows in zip(texts, known.tolist(), strict=True) if knows]
+    letters = [encode(text) for text in texts]
     loss = ctc(top, frames[known].repeat(2), letters * 2)
+    if words_count:
+        total = total + WORD_ERRORS * expected_word_errors(top, frames[known].repeat(2), texts * 2)
     differ = disagreement(top, frames[known], sum(map(len, letters)))
     return total + loss + CONSISTENCY * differ, loss.item()
 
@@ -279,7 +291,7 @@ def train(
         started = time.monotonic()
         for clips in store.batches():
             store.add(model, sources.draw(RENEWED * BATCH_SECONDS, progress, longest))
-            loss, ctc_loss = train_step(model, clips, frozen, pool, pronunciations)
+            loss, ctc_loss = train_step(model, clips, frozen, pool, pronunciations, progress > WORDS_COUNT)
             loss.backward()
             ended = time.monotonic()
             elapsed += shared_mean(learned, ended - started)
@@ -318,7 +330,7 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="of augmentation; 0.5 for a short training")
     parser.add_argument("--rate", type=float, default=PEAK_RATE, help="highest learning rate; less to refine a model")
     parser.add_argument("--strings", type=int, default=12000, help="text-to-speech strings")
-    parser.add_argument("--kokoro", type=Path, help="file of more natural ones, which neural_voices.py makes")
+    parser.add_argument("--kokoro", type=Path, nargs="+", help="more natural ones: files that neural_voices.py made")
     parser.add_argument("--hours", type=float, default=2.0, help="of sound in the store before the first step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -334,7 +346,7 @@ def main() -> None:
         dist.barrier()
     clips["spoken"] = synthesize(options.strings, options.out, options.seed)
     if options.kokoro:
-        clips["kokoro"] = load_clips(options.kokoro)
+        clips["kokoro"] = [clip for path in options.kokoro for clip in load_clips(path)]
     # Its dev part too: nothing is measured on LibriSpeech, and two more voices are worth having.
     clips["librispeech"] = [
         clip for part in ("train", "dev") for clip in read_corpus(options.speech / "mini_librispeech_opus", part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,54 @@ def test_views_disagree_by_what_lies_between_their_distributions() -> None:
     value = between(one, other)
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert value.requires_grad
+
+
+def edits(given: list[str], said: list[str]) -> int:
+    if not given or not said:
+        return len(given) + len(said)
+    changed = edits(given[1:], said[1:]) + (given[0] != said[0])
+    return min(changed, edits(given[1:], said) + 1, edits(given, said[1:]) + 1)
+
+
+def test_the_expected_word_error_rate_is_that_of_all_that_may_be_said() -> None:
+    """Against every path through the frames, of which the draws find all that matter; its gradient leads down."""
+    rng = RNG(0)
+    columns = [hearing.TOKEN[token] for token in ("<pad>", "|", "A", "B")]
+    logits = np.full((3, 3, 32), -1e4)
+    logits[..., columns] = rng.standard_normal((3, 3, 4))
+    frames, texts = torch.tensor([3, 2, 3]), ["A B", "B", ""]
+    wrong = 0.0
+    for clip, (count, text) in enumerate(zip(frames.tolist(), texts, strict=True)):
+        found: dict[str, float] = {}
+        for path in itertools.product(columns, repeat=count):
+            said = hearing.decode(np.array(path))
+            if [i for i, _ in itertools.groupby(path) if i] == hearing.encode(said):  # no space at an end
+                found[said] = found.get(said, 0.0) + np.exp(logits[clip, range(count), path].sum())
+        wrong += sum(chance * edits(text.split(), said.split()) for said, chance in found.items()) / sum(found.values())
+    torch.manual_seed(0)
+    z = torch.from_numpy(logits).requires_grad_()
+    value = hearing.expected_word_errors(z, frames, texts, draws=3000)
+    assert value.item() == pytest.approx(wrong / 4, rel=1e-3)
+    value.backward()
+    after = (z - 5 * z.grad).detach()
+    assert hearing.expected_word_errors(after, frames, texts, draws=3000) < 0.95 * value.item()
+    certain = torch.where(z.detach() == z.detach().amax(-1, keepdim=True), 0.0, -1e4)
+    heard = [hearing.decode(row[:count].argmax(-1).numpy()) for row, count in zip(certain, frames, strict=True)]
+    assert hearing.expected_word_errors(certain, frames, heard).item() == 0
+
+
+def test_a_step_counts_words_when_it_is_to() -> None:
+    """The loss is then another, what the curve shows is not; noise, in which nothing is said, may be in the batch."""
+    hf = build({**SMALL, "vocab_size": 32}, "ctc", torch.float32)
+    assert isinstance(hf, SEWDForCTC)
+    x = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
+    pool, letters, clips = torch.ones(1 << 16), pronounce.Pronunciations([]), [(x, "TWO SIX", 30), (x, "", 30)]
+    given = []
+    for words_count in (False, True):
+        torch.manual_seed(0)
+        loss, shown = script.train_step(hf, clips, 11, pool, letters, words_count)
+        given.append((loss.item(), shown))
+    assert given[0][1] == given[1][1] and given[0][0] + 0.1 < given[1][0]
 
 
 def test_the_store_keeps_its_size_and_its_batches_fit(monkeypatch: pytest.MonkeyPatch) -> None:
