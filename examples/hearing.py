@@ -80,6 +80,7 @@ def expected_word_errors(logits: Any, frames: Any, texts: list[str], draws: int 
     words = 0
     for text, hypotheses, loss in zip(texts, said, torch.split(losses, [*map(len, said)]), strict=True):
         count = max(len(text.split()), 1)
+        # Where nothing is said jiwer (from version 4 on) counts words instead of dividing by none.
         wrong = torch.tensor([jiwer.wer(text, hypothesis) * count for hypothesis in hypotheses])
         expected = expected + (torch.softmax(-loss, 0) * wrong.to(loss)).sum()
         words += count
