@@ -129,7 +129,7 @@ def export(model: Any, folder: Path, chosen: str, figures: dict[str, float], opt
         "FIGURES": rows, "MINUTES": f"{options.minutes:g}", "SEED": str(options.seed),
         "STRINGS": f"{options.strings:,}", "CHOSEN": chosen, "BLANK": f"{BLANK:g}",
         "INIT": f", from the checkpoint {options.init.name}" if options.init else "",
-        "KOKORO": ", and others by Kokoro-82M (Apache-2.0) in mixtures of its voices" if options.kokoro else "",
+        "KOKORO": ",\n  and others by Kokoro-82M (Apache-2.0) in mixtures of its voices" if options.kokoro else "",
     }  # fmt: skip
     for key, value in facts.items():
         card = card.replace(f"{{{key}}}", value)

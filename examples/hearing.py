@@ -94,7 +94,7 @@ def loss_per_letter(model: Any, clips: list[Clip], change: Any = None) -> float:
     for clip in clips:
         scores = torch.from_numpy(log_probs(model, clip.wave() if change is None else change(clip.wave())))
         labels = encode(clip.text)
-        total += float(ctc(scores[None], torch.tensor([len(scores)]), [labels])) * len(labels)
+        total += float(ctc_each(scores[None], torch.tensor([len(scores)]), [labels]))
         letters += len(labels)
     return total / letters
 

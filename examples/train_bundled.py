@@ -167,10 +167,11 @@ def train_step(
         return total, float("nan")
     texts = [text for text, knows in zip(texts, known.tolist(), strict=True) if knows]
     letters = [encode(text) for text in texts]
-    loss = ctc(top, frames[known].repeat(2), letters * 2)
+    frames = frames[known]
+    loss = ctc(top, frames.repeat(2), letters * 2)
     if words_count:
-        total = total + WORD_ERRORS * expected_word_errors(top, frames[known].repeat(2), texts * 2)
-    differ = disagreement(top, frames[known], sum(map(len, letters)))
+        total = total + WORD_ERRORS * expected_word_errors(top, frames.repeat(2), texts * 2)
+    differ = disagreement(top, frames, sum(map(len, letters)))
     return total + loss + CONSISTENCY * differ, loss.item()
 
 
