@@ -78,6 +78,10 @@ class Pool:
     def __init__(self, allocate: Callable[[int], Any]) -> None:
         self.allocate = allocate
         self.shelves: dict[int, deque[Any]] = {}
+        # All memory that is not released, by identity. Where arrays are dropped in a cycle, an exception's traceback
+        # for one, Python's collector runs finalizers first and ``__del__`` after: numba would free what a place then
+        # puts on its shelf. What the pool holds, the collector leaves alone.
+        self.memories: dict[int, Any] = {}
         self.asked = 0
         self.held = 0
         self.lock = threading.Lock()
@@ -106,6 +110,7 @@ class Pool:
         with self.lock:
             self.asked += 1
             self.held += size
+            self.memories[id(memory)] = memory
         return memory
 
     def idle(self) -> int:
@@ -118,5 +123,5 @@ class Pool:
         with self.lock:
             for size, shelf in self.shelves.items():
                 while shelf:
-                    shelf.pop()
+                    del self.memories[id(shelf.pop())]
                     self.held -= size

@@ -6,7 +6,9 @@ Refusals in one sentence, memory handed out again, when passes are recorded, and
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+import weakref
 from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +140,30 @@ def test_memory_comes_back_and_is_handed_out_again() -> None:
     assert pool.idle() == pool.held
     pool.release()
     assert pool.idle() == pool.held == 0
+
+
+def test_memory_that_a_cycle_held_is_not_freed_with_it() -> None:
+    """The collector runs the finalizers of what it finds before ``__del__``: memory would come to its shelf freed."""
+
+    class Pointer:
+        """As numba's: the GPU's memory is freed with it, whoever finds it."""
+
+        def __init__(self, numbers: int) -> None:
+            weakref.finalize(self, freed.append, numbers)
+
+    class OnDevice:
+        def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, gpu_data: Pointer) -> None:
+            self.shape, self.dtype, self.gpu_data = shape, np.dtype(dtype), gpu_data
+
+    freed: list[int] = []
+    pool = Pool(lambda numbers: OnDevice((numbers,), (4,), np.float32, Pointer(numbers)))
+    cycle: list[Any] = [pool.take(700)]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert pool.idle() == pool.held and not freed
+    pool.release()
+    assert freed == [704] and pool.held == 0
 
 
 def test_a_full_device_gets_back_what_lies_idle() -> None:
