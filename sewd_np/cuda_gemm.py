@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from sewd_np.cuda_intrinsics import cuda, device, float32, int32, kernel, load, load4, static_range, store, store4
 from sewd_np.cuda_math import activation_function
+from sewd_np.cuda_tiles import add_outer
 
 ZERO = float32(0)
 SIMPLE_THREADS = 128
@@ -177,8 +178,7 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
     ):  # fmt: skip
         shared = cuda.shared.array(SHARED, float32, alignment=16)
         sums = cuda.local.array(SUMS, float32)
-        own_x = cuda.local.array(OWN_ROWS, float32)
-        own_w = cuda.local.array(OWN_OUTPUTS, float32)
+        four = cuda.local.array(4, float32)
         next_x = cuda.local.array(X_NUMBERS, float32)
         next_w = cuda.local.array(W_NUMBERS, float32)
         x_own = cuda.local.array(X_LOADS, int32)
@@ -264,18 +264,8 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
                 x_read = int32(x_first_read + BUFFER - half)
                 w_read = int32(w_first_read + BUFFER - half)
                 for _ in range(int32(DEPTH // TOGETHER)):
-                    for k in static_range(TOGETHER):
-                        for h in static_range(ROW_PIECES):
-                            v = load4(shared, x_read + k * PITCH + h * ROW_GAP)
-                            for q in static_range(4):
-                                own_x[h * 4 + q] = v[q]
-                        for h in static_range(OUTPUT_PIECES):
-                            v = load4(shared, w_read + k * OUTPUTS + h * OUTPUT_GAP)
-                            for q in static_range(4):
-                                own_w[h * 4 + q] = v[q]
-                        for a in static_range(OWN_ROWS):
-                            for b in static_range(OWN_OUTPUTS):
-                                sums[a * OWN_OUTPUTS + b] += own_x[a] * own_w[b]
+                    add_outer(sums, OWN_ROWS, OWN_OUTPUTS, shared, x_read, ROW_GAP, PITCH, w_read, OUTPUT_GAP, OUTPUTS,
+                              TOGETHER)  # fmt: skip
                     x_read = int32(x_read + TOGETHER * PITCH)
                     w_read = int32(w_read + TOGETHER * OUTPUTS)
 
@@ -313,7 +303,7 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
                 m = m0 + ty + a // 4 * ROW_GAP + a % 4
                 if m < rows and n < outputs:
                     for q in static_range(4):
-                        own_w[q] = activate(sums[a * OWN_OUTPUTS + h * 4 + q] + v[q])
+                        four[q] = activate(sums[a * OWN_OUTPUTS + h * 4 + q] + v[q])
                     if pooled:
                         for r in range(factor):
                             at = item_start + (m * factor + r) * tap_step + channel
@@ -322,14 +312,14 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
                             else:
                                 frame = load_between(x, at, at, at + outputs - n)
                             for q in static_range(4):
-                                own_w[q] += frame[q] / float32(factor)
+                                four[q] += frame[q] / float32(factor)
                     at = (item * rows + m) * (groups * outputs) + channel
                     if vector:
-                        store4(out, at, own_w[0], own_w[1], own_w[2], own_w[3])
+                        store4(out, at, four[0], four[1], four[2], four[3])
                     else:
                         for q in static_range(4):
                             if n + q < outputs:
-                                store(out, at + q, own_w[q])
+                                store(out, at + q, four[q])
 
     return product
 

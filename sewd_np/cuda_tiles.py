@@ -1,11 +1,11 @@
-"""Products of register tiles: the inner loops of the fused attention, each one call that becomes straight-line code.
+"""Register tiles: the inner loops of matrix products and fused attention, each a call that becomes straight-line code.
 
 A thread keeps a small matrix of results in registers and adds one outer product after another to it. Operands come from
 shared memory four numbers at a time (one 128-bit instruction), and every number read is used several times: for a tile
-of 8 × 4 results, 12 reads feed 128 multiply-adds. Written as Python loops the same code takes Numba minutes to compile,
-since it infers a type for each of the unrolled lines; here the lines are made as LLVM instructions at once.
+of 8 × 4 results, 12 reads feed 128 multiply-adds. Written as Python loops the same code takes Numba seconds to minutes
+to compile, since it infers a type for each of the unrolled lines; here the lines are made as LLVM instructions at once.
 
-In all three, ``tile`` is a thread's ``cuda.local.array`` of the shape (rows, columns), ``memory`` a flat shared array,
+In all four, ``tile`` is a thread's ``cuda.local.array`` of rows · columns results, ``memory`` a flat shared array,
 addresses count numbers and are multiples of 4, and sizes and steps are constants of the kernel.
 """
 
@@ -22,6 +22,24 @@ if SIMULATED:
     def read(memory: Any, at: int, step: int, count: int) -> np.ndarray:
         """(count, 4): four numbers from each of ``count`` rows."""
         return np.array([load4(memory, at + row * step) for row in range(count)], np.float32)
+
+    def add_outer(
+        tile: Any,
+        rows: int,
+        columns: int,
+        memory: Any,
+        a_at: int,
+        a_gap: int,
+        a_step: int,
+        b_at: int,
+        b_gap: int,
+        b_step: int,
+        steps: int,
+    ) -> None:
+        for k in range(steps):
+            a = read(memory, a_at + k * a_step, a_gap, rows // 4).reshape(-1)
+            b = read(memory, b_at + k * b_step, b_gap, columns // 4).reshape(-1)
+            tile += np.outer(a, b).reshape(-1)
 
     def add_products(
         tile: Any, rows: int, columns: int, memory: Any, a_at: int, a_step: int, b_at: int, b_step: int
@@ -87,6 +105,42 @@ else:
             for x, y in zip(a, b, strict=True):
                 total = multiply_add(self.builder, x, y, total)
             self.builder.store(total, pointer)
+
+    @intrinsic
+    def add_outer(
+        typing: Any,
+        tile: Any,
+        rows: Any,
+        columns: Any,
+        memory: Any,
+        a_at: Any,
+        a_gap: Any,
+        a_step: Any,
+        b_at: Any,
+        b_gap: Any,
+        b_step: Any,
+        steps: Any,
+    ) -> Any:
+        """tile[i · columns + j] += Σ_k a[k, i] · b[k, j], k < steps: both lie turned, k after k in steps of their own.
+
+        The rows numbers of a are in fours that lie a_gap apart, the columns numbers of b in fours b_gap apart.
+        """
+        count, width, a_apart, a_on, b_apart, b_on, depth = constants(
+            rows, columns, a_gap, a_step, b_gap, b_step, steps
+        )
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+            emit = Emitter(context, builder, tile, arguments[0], memory, arguments[3])
+            for k in range(depth):
+                a = [x for i in range(count // 4) for x in emit.read(arguments[4], k * a_on + i * a_apart)]
+                b = [x for j in range(width // 4) for x in emit.read(arguments[7], k * b_on + j * b_apart)]
+                for i in range(count):
+                    for j in range(width):
+                        emit.add(i * width + j, [a[i]], [b[j]])
+
+        place = types.intp
+        signature = types.void(tile, rows, columns, memory, place, a_gap, a_step, place, b_gap, b_step, steps)
+        return (signature, generate) if is_flat(tile, memory) else None
 
     @intrinsic
     def add_products(
