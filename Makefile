@@ -12,7 +12,7 @@ INSTALLED_CUDA := $(VENV)/.installed-cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one environment
-.PHONY: help demo test test-sim test-ptx test-driver test-gpu check parity bench bench-gpu notebooks notebooks-write clean
+.PHONY: help demo test test-sim test-ptx test-driver test-run test-gpu check parity bench bench-gpu notebooks notebooks-write clean
 
 help:
 	@echo "make demo               transcribe the bundled clip"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-sim           run every CUDA kernel and a whole small model in Numba's simulator; needs no GPU"
 	@echo "make test-ptx           compile every CUDA kernel for three generations of GPUs; needs no GPU"
 	@echo "make test-driver        run the CUDA backend on a driver that runs no kernel; needs no GPU, but a C compiler"
+	@echo "make test-run           run the CUDA kernels as compiled, turned into C; needs no GPU, but a C compiler"
 	@echo "make test-gpu           compare the CUDA backend with the CPU and PyTorch on a GPU"
 	@echo "make check              ruff (lint and format) and mypy"
 	@echo "make parity MODEL=an4   compare a checkpoint with transformers, point by point"
@@ -73,6 +74,11 @@ test-ptx: $(INSTALLED_CUDA)
 # What is around the kernels: copies, memory, graphs, threads, what kernels are given.
 test-driver: $(INSTALLED_CUDA)
 	PRETENDED_DRIVER=1 $(BIN)/python -m pytest -q tests/cuda/test_driver_*.py
+
+# The kernels' PTX, turned into C and run; with them the attention tests meant for a GPU, those that are short.
+test-run: $(INSTALLED_CUDA)
+	PRETENDED_DRIVER=runs OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/cuda/test_run_*.py
+	PRETENDED_DRIVER=runs OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m gpu -k 250 tests/cuda/test_gpu_attention.py
 
 test-gpu: $(INSTALLED_CUDA)
 	$(BIN)/sewd-np info an4 --backend cuda

@@ -1,14 +1,15 @@
-/* A CUDA driver that runs no kernel: for testing, on any machine, all that the package does around its kernels.
+/* A CUDA driver without a GPU: for testing, on any machine, the kernels as they were compiled and all that is around them.
 
    numba-cuda and cuda.core load it as libcuda.so.1 and find a GPU of compute capability 9.0. Device memory is main memory in
    a range of addresses of its own, copies are made, streams, graphs and modules are kept account of; a kernel that is
-   launched is looked at and not run. What a real driver or GPU would answer with an error, or, worse, with wrong numbers,
+   launched is looked at, and run if its program was given (pretended_gpu.c). What a real driver or GPU would answer with an error, or, worse, with wrong numbers,
    is counted as trouble and put on standard error: memory that was freed or never given, in a copy or among a kernel's
    arguments, when it is launched and again whenever a graph with it is; work on the default stream; waiting or copying
    from the host while a graph is recorded; grids and blocks beyond the limits.
 
    Functions that are not here answer "not supported". Only what the tests ask of it is exported under pretended_*. */
 #define _GNU_SOURCE
+#include "pretended_driver.h"
 #include <cuda.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -24,58 +25,51 @@
 #define ROOM ((size_t)1 << 40) /* of addresses, which are never used twice: so a pointer to freed memory is found out */
 #define PAGE 4096
 #define MOST 1000000 /* allocations */
+#define SHOWN 50     /* troubles that are put on standard error; all are counted */
 #define CONTEXT ((CUcontext)0x11)
 
 /* What pretended_counts gives, in this order. */
 static struct { atomic_long launches, to_device, to_host, on_device, graph_launches, graph_kernels, held, trouble; } counts;
 static size_t capacity = (size_t)16 << 30;
-static int break_captures;
+static int break_captures, programs;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 void pretended_counts(long *out) { memcpy(out, &counts, sizeof counts); }
 void pretended_capacity(size_t bytes) { capacity = bytes; }
 void pretended_forget_trouble(void) { counts.trouble = 0; }
 void pretended_broken_captures(int broken) { break_captures = broken; }
+void pretended_programs(void) { programs = 1; }
 
-static void trouble(const char *format, ...)
+void trouble(const char *format, ...)
 {
     va_list given;
+    if (counts.trouble++ >= SHOWN) return;
     va_start(given, format);
     fputs("pretended driver: ", stderr);
     vfprintf(stderr, format, given);
     fputc('\n', stderr);
     va_end(given);
-    counts.trouble++;
 }
 
 /* ------------------------------------------------------------------------------------------------------- memory */
 
 typedef struct { char *start; size_t bytes; int live; } Piece;
-static Piece pieces[MOST]; /* by address */
+static Piece pieces[MOST];
 static int number;
 static char *room;
+static int *owner; /* of each page of the room: which piece begins or goes on there */
 static size_t used;
-
-/* The piece that an address lies in or behind. */
-static Piece *piece_of(const char *address)
-{
-    int low = 0, high = number;
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (pieces[middle].start <= address) low = middle + 1; else high = middle;
-    }
-    return low ? &pieces[low - 1] : NULL;
-}
 
 static int is_device(const void *address) { return room && (char *)address >= room && (char *)address < room + used; }
 
-static int is_good(const void *address, size_t bytes)
+/* The piece that an address on the device lies in, or just behind. */
+static Piece *piece_of(const char *address) { return &pieces[owner[(address - room) / PAGE]]; }
+
+/* Asked for every access of a kernel, so without the lock: what a kernel may use was given before it began. */
+int is_given(const char *address, size_t bytes)
 {
-    pthread_mutex_lock(&lock);
     Piece *piece = is_device(address) ? piece_of(address) : NULL;
-    int good = piece && piece->live && (char *)address + bytes <= piece->start + piece->bytes;
-    pthread_mutex_unlock(&lock);
-    return good;
+    return piece && piece->live && address + bytes <= piece->start + piece->bytes;
 }
 
 CUresult cuMemAlloc(CUdeviceptr *out, size_t bytes)
@@ -87,6 +81,8 @@ CUresult cuMemAlloc(CUdeviceptr *out, size_t bytes)
     if (!result) {
         char *start = room + used;
         mprotect(start, taken, PROT_READ | PROT_WRITE);
+        if (programs) memset(start, 0xff, bytes); /* what nobody wrote is no number */
+        for (size_t page = 0; page < taken / PAGE; page++) owner[used / PAGE + page] = number;
         pieces[number++] = (Piece){start, bytes, 1};
         used += taken;
         counts.held += bytes;
@@ -123,8 +119,10 @@ CUresult cuMemGetInfo(size_t *free, size_t *total)
 
 CUresult cuInit(unsigned flags)
 {
-    if (!room) room = mmap(NULL, ROOM, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return room == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    if (!room) room = mmap(NULL, ROOM, PROT_NONE, kind, -1, 0);
+    if (!owner) owner = mmap(NULL, ROOM / PAGE * sizeof *owner, PROT_READ | PROT_WRITE, kind, -1, 0);
+    return room == MAP_FAILED || owner == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
 }
 
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
@@ -187,7 +185,21 @@ CUresult cuCtxGetDevice(CUdevice *device)
 
 /* ----------------------------------------------------------------------------------- modules: what a kernel takes */
 
-typedef struct { char name[512]; int count; struct { unsigned offset, bytes; } parameters[256]; } Kernel;
+typedef struct {
+    char name[512];
+    int count;
+    struct { unsigned offset, bytes; } parameters[256];
+    Program *program; /* what it does, if that was said */
+    size_t registers; /* bytes of a thread */
+    uint32_t shared;  /* bytes of a block */
+} Kernel;
+
+void pretended_program(Kernel *kernel, Program *program, size_t registers, uint32_t shared)
+{
+    kernel->program = program;
+    kernel->registers = registers;
+    kernel->shared = shared;
+}
 
 static const Elf64_Shdr *sections(const char *image) { return (void *)(image + ((Elf64_Ehdr *)image)->e_shoff); }
 
@@ -250,7 +262,7 @@ CUresult cuKernelGetAttribute(int *value, CUfunction_attribute attribute, CUkern
 
 /* ------------------------------------------------------------------------------ streams, graphs, copies, launches */
 
-typedef struct Launch { Kernel *kernel; struct Launch *next; uint64_t values[]; } Launch;
+typedef struct Launch { Kernel *kernel; struct Launch *next; unsigned grid[3], block[3]; uint64_t values[]; } Launch;
 typedef struct { Launch *first, **last; long count; } Graph;
 typedef struct { Graph *recorded; } Stream;
 
@@ -325,7 +337,7 @@ CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t bytes, CUstr
 {
     expect(stream, "a copy from the host", 0);
     counts.to_device++;
-    if (is_good((void *)to, bytes)) memcpy((void *)to, from, bytes);
+    if (is_given((char *)to, bytes)) memcpy((void *)to, from, bytes);
     else trouble("a copy of %zu bytes to %llx, which was not given", bytes, to);
     return CUDA_SUCCESS;
 }
@@ -334,7 +346,7 @@ CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t bytes, CUstream st
 {
     expect(stream, "a copy to the host", 0);
     counts.to_host++;
-    if (is_good((void *)from, bytes)) memcpy(to, (void *)from, bytes);
+    if (is_given((char *)from, bytes)) memcpy(to, (void *)from, bytes);
     else trouble("a copy of %zu bytes from %llx, which was not given", bytes, from);
     return CUDA_SUCCESS;
 }
@@ -343,8 +355,8 @@ CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstr
 {
     expect(stream, "a copy on the device", 1);
     counts.on_device++;
-    if (!is_good((void *)from, bytes)) trouble("a copy of %zu bytes from %llx, which was not given", bytes, from);
-    else if (!is_good((void *)to, bytes)) trouble("a copy of %zu bytes to %llx, which was not given", bytes, to);
+    if (!is_given((char *)from, bytes)) trouble("a copy of %zu bytes from %llx, which was not given", bytes, from);
+    else if (!is_given((char *)to, bytes)) trouble("a copy of %zu bytes to %llx, which was not given", bytes, to);
     else memcpy((void *)to, (void *)from, bytes);
     return CUDA_SUCCESS;
 }
@@ -354,8 +366,18 @@ static void look_at(const Launch *launch, const char *when)
 {
     for (int i = 0; i < launch->kernel->count; i++)
         if (launch->kernel->parameters[i].bytes == 8 && is_device((void *)launch->values[i]) &&
-            !is_good((void *)launch->values[i], 1))
+            !is_given((char *)launch->values[i], 1))
             trouble("%s, argument %d of %s points to freed memory", when, i, launch->kernel->name);
+}
+
+static void run(const Launch *launch, const char *when)
+{
+    const Kernel *kernel = launch->kernel;
+    look_at(launch, when);
+    if (kernel->program)
+        run_grid(kernel->program, kernel->registers, kernel->shared, launch->grid, launch->block, launch->values, kernel->name);
+    else if (programs)
+        trouble("%s has no program", kernel->name);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **given, void **extra)
@@ -371,17 +393,19 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     }
     expect(config->hStream, "a kernel", 1);
     Launch *launch = calloc(1, sizeof *launch + kernel->count * sizeof(uint64_t));
-    launch->kernel = kernel;
+    *launch = (Launch){kernel, NULL, {config->gridDimX, config->gridDimY, config->gridDimZ},
+                       {config->blockDimX, config->blockDimY, config->blockDimZ}};
     for (int i = 0; i < kernel->count; i++)
         memcpy(&launch->values[i], given[i], kernel->parameters[i].bytes < 8 ? kernel->parameters[i].bytes : 8);
-    look_at(launch, "at its launch");
     counts.launches++;
     if (is_recorded(config->hStream)) {
+        look_at(launch, "when it is recorded");
         Graph *graph = ((Stream *)config->hStream)->recorded;
         *graph->last = launch;
         graph->last = &launch->next;
         graph->count++;
     } else {
+        run(launch, "at its launch");
         free(launch);
     }
     return CUDA_SUCCESS;
@@ -390,7 +414,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
 CUresult cuGraphLaunch(CUgraphExec graph, CUstream stream)
 {
     expect(stream, "a graph", 0);
-    for (Launch *launch = ((Graph *)graph)->first; launch; launch = launch->next) look_at(launch, "in a graph");
+    for (Launch *launch = ((Graph *)graph)->first; launch; launch = launch->next) run(launch, "in a graph");
     counts.graph_launches++;
     counts.graph_kernels += ((Graph *)graph)->count;
     return CUDA_SUCCESS;
