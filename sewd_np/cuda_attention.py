@@ -17,10 +17,10 @@ number, no lookup per pair. (The same r serves both terms: the log bucket is an 
 Far tiles. Where all differences of a tile share the first or the last bucket (beyond about 510 frames with the
 published tables), c2p is one number per query, found once, and p2c one number per key: a third of the work is left.
 
-Parts. A GPU runs some number of blocks at once and the rest in further rounds; a last round that is nearly empty costs
-as much as a full one. Where shorter blocks fill the rounds better, the keys are cut into parts, each with blocks of its
-own, and ``combine_kernel`` adds what they found: an online softmax over parts instead of tiles. It takes room for one
-more context a part, which grows with the length like everything else.
+Parts. A short clip makes too few blocks for a GPU, and of a long one the last round of blocks may find most of it idle.
+Where shorter blocks fill it better, the keys are cut into parts, each with blocks of its own, and ``combine_kernel``
+adds what they found: an online softmax over parts instead of tiles. It takes room for one more context a part, which
+grows with the length like everything else.
 
 All sums are float32, all addresses 64-bit: qkv of ten minutes has 35 million numbers, and that is no limit. A masked
 score is −1e30, not −∞, so that no difference of two infinities can arise; its weight 2^(−1e30 − m) is exactly 0.
@@ -43,16 +43,18 @@ PLAIN_THREADS = 128
 COMBINING_THREADS = 256
 
 LARGE = Tile(side=8, rows=8, columns=4, chunk=8, resident=4)  # 64 queries, 32 keys, 64 threads
-SHORT = Tile(side=16, rows=2, columns=2, chunk=16, resident=2)  # 32 queries, 32 keys, 256 threads
-SMALLER = (  # for larger heads
+SMALLER = (  # for larger heads, which leave less shared memory for the rest
     Tile(side=8, rows=4, columns=2, chunk=4, resident=4),
     Tile(side=8, rows=2, columns=2, chunk=4, resident=4),
 )
 MULTIPROCESSORS = 132  # of an H100 or H200
-ENOUGH_BLOCKS = 2 * MULTIPROCESSORS
-MOST_PARTS = 4
-PART_TILES = 16  # tiles of keys that a part has at least
-PART_COST = 0.05  # of each further part, as a share of the whole: its queries are read and its context written again
+MOST_PARTS = 8
+# What the choice of parts goes by, in the time of one tile of keys of a block that has its schedulers to itself.
+# Estimates: a block is two warps, a multiprocessor issues for four, and a second pair fills the first one's waits.
+SHARED_TIMES = (0.0, 1.0, 1.0, 1.5, 1.5)  # of that many blocks on one multiprocessor
+BLOCK_TIME = 0.8  # reading the queries, writing the context and reading it again to combine
+COMBINING_TIME = 0.5  # one more kernel
+PART_PRICE = 0.05  # of each further part, as a share of the whole: so much must be gained for the memory it takes
 
 
 # ------------------------------------------------------------------ relative positions
@@ -167,15 +169,9 @@ def combine_kernel(head_size: int) -> Any:
 # --------------------------------------------------------------------------- launching
 
 
-def choose_tile(head_size: int, frames: int, pairs: int) -> Tile | None:
-    """The tile for a call with ``pairs`` recordings times heads; None where only v1 can do it.
-
-    The large tile reads each number from shared memory for the most multiply-adds. A short clip does not make enough
-    blocks of it to fill a GPU, and takes smaller ones with more threads for the same work. Large heads leave less
-    shared memory for the rest, and take what fits.
-    """
-    blocks = -(-frames // LARGE.queries) * pairs
-    for tile in (LARGE, *SMALLER) if blocks >= ENOUGH_BLOCKS else (SHORT, *SMALLER):
+def choose_tile(head_size: int) -> Tile | None:
+    """The largest tile that fits, which reads each number from shared memory for the most multiply-adds; None: v1."""
+    for tile in (LARGE, *SMALLER):
         whole = head_size % tile.chunk == 0 and head_size // 4 <= tile.threads
         if whole and shared_room(tile, head_size).size <= SHARED_FLOATS:
             return tile
@@ -183,26 +179,25 @@ def choose_tile(head_size: int, frames: int, pairs: int) -> Tile | None:
 
 
 def choose_parts(tile: Tile | None, frames: int, pairs: int) -> int:
-    """Into how many parts the keys are cut: what takes the least time if every round of blocks takes as long.
-
-    One for v1, and for ``SHORT``, whose threads have no register left for it.
-    """
-    if tile is None or tile == SHORT:
+    """Into how many parts the keys of ``pairs`` recordings times heads are cut: what is expected to take least time."""
+    if tile is None:
         return 1
-    blocks = -(-frames // tile.queries) * pairs
-    at_once = tile.resident * MULTIPROCESSORS
+    blocks, steps = -(-frames // tile.queries) * pairs, -(-frames // tile.keys)
+    at_once = len(SHARED_TIMES) - 1
 
-    def rounds(parts: int) -> float:
-        return -(-blocks * parts // at_once) / parts * (1 + PART_COST * (parts - 1))
+    def expected_time(parts: int) -> float:
+        full, rest = divmod(-(-blocks * parts // MULTIPROCESSORS), at_once)
+        turns = full * SHARED_TIMES[-1] + SHARED_TIMES[rest]
+        time = turns * (-(-steps // parts) + BLOCK_TIME) + COMBINING_TIME * (parts > 1)
+        return time * (1 + PART_PRICE * (parts - 1))
 
-    most = min(MOST_PARTS, -(-frames // tile.keys) // PART_TILES)
-    return min(range(1, max(most, 1) + 1), key=rounds)
+    return min(range(1, min(MOST_PARTS, max(steps, 1)) + 1), key=expected_time)
 
 
 def attention_scratch(batch: int, frames: int, heads: int, head_size: int, parts: int | None = None) -> int:
     """float32 numbers of scratch that ``disentangled_attention`` wants: none where the keys stay together."""
     if parts is None:
-        parts = choose_parts(choose_tile(head_size, frames, batch * heads), frames, batch * heads)
+        parts = choose_parts(choose_tile(head_size), frames, batch * heads)
     return 0 if parts == 1 else parts * batch * heads * frames * (head_size + 2)
 
 
@@ -231,7 +226,7 @@ def disentangled_attention(
     """
     batch, frames, width = out.shape
     size, pairs = width // heads, batch * heads
-    tile = tile or choose_tile(size, frames, pairs)
+    tile = tile or choose_tile(size)
     parts = 1 if scratch is None else parts or choose_parts(tile, frames, pairs)
     if tile is None:
         plain_attention(stream, qkv, heads, pos_key, pos_query, rows, scale, lengths, mask_queries, out)

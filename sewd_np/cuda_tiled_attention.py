@@ -30,6 +30,7 @@ from sewd_np.cuda_intrinsics import (
     float32,
     group_max,
     group_sum,
+    int32,
     kernel,
     load,
     load4,
@@ -75,6 +76,16 @@ def stride(width: int) -> int:
     return width if width // 4 % 2 else width + 4
 
 
+def is_turned(tile: Tile) -> bool:
+    """Whether chunks lie in shared memory without gaps, the vectors of four in a row turned by what row it is.
+
+    A chunk of 8 is two vectors, and eight rows of it are met by all threads at once, vector after vector: turned by
+    row // 4, these eight lie in eight groups of four banks, and so do the eight vectors in a row that copying writes.
+    Rows of one thread are ``side`` apart, so a side of 8 or more makes the turn the same for all of them.
+    """
+    return tile.side % 8 == 0
+
+
 @dataclass(frozen=True)
 class Room:
     """Where the parts of a block's shared memory begin, in numbers."""
@@ -98,7 +109,7 @@ def shared_room(tile: Tile, head_size: int) -> Room:
 
     columns = -(-head_size // 4 // tile.side) * tile.side * 4
     keys = rows_of(tile.queries, head_size) * stride(head_size)
-    chunk = stride(tile.chunk)
+    chunk = tile.chunk if is_turned(tile) else stride(tile.chunk)
     pos_keys = keys + rows_of(tile.keys, tile.chunk) * chunk
     band = rows_of(tile.queries + tile.keys - 1, tile.chunk) * chunk
     pos_queries = pos_keys + band
@@ -113,7 +124,7 @@ def shared_room(tile: Tile, head_size: int) -> Room:
 def tiled_kernel(
     tile: Tile, head_size: int, c2p: bool, p2c: bool, padded: bool, mask_queries: bool, split: bool = False
 ) -> Any:
-    """v2: block (tile of queries, b·h, part of the keys). At most 255 registers with 64 threads, 144 with 256.
+    """v2: block (tile of queries, b·h, part of the keys). At most 255 registers.
 
     ``split``: each part has ``part_keys`` keys, a whole number of tiles. ``out`` then is one row: the parts' contexts,
     each (b, t, d), then for every query of (part, b, h, t) the largest score and the sum of the weights.
@@ -126,11 +137,13 @@ def tiled_kernel(
     P_AT, ROW_TERMS, COLUMN_TERMS, SHARED = room.weights, room.row_terms, room.column_terms, room.size
     POSITIONS = c2p or p2c
     # Steps from row to row, and from one of a thread's rows to its next.
-    WIDE, NARROW, P_STEP, V_STEP = stride(E), stride(CHUNK), KEYS + R, -(-E // 4 // R) * R * 4
+    WIDE, P_STEP, V_STEP = stride(E), KEYS + R, -(-E // 4 // R) * R * 4
+    NARROW = CHUNK if is_turned(tile) else stride(CHUNK)
     WIDE_R, NARROW_R, P_R, V_GROUP = R * WIDE, R * NARROW, R * P_STEP, 4 * R
     GROUPS, WIDTH = V_STEP // V_GROUP, V_STEP // R  # a thread's part of the context: WIDTH columns in groups of four
     # All threads together copy whole rows, four numbers each: rows in a pass, passes of a tile.
     WIDE_4, NARROW_4 = E // 4, CHUNK // 4
+    TURNS = NARROW_4 - 1 if is_turned(tile) else 0  # by how many vectors a row of a chunk is turned at most
     WIDE_PASS, NARROW_PASS = THREADS // WIDE_4, THREADS // NARROW_4
     QUERY_PASSES, KEY_PASSES = -(-QUERIES // WIDE_PASS), -(-KEYS // WIDE_PASS)
     CHUNK_PASSES, BAND_PASSES = -(-KEYS // NARROW_PASS), -(-(QUERIES + KEYS - 1) // NARROW_PASS)
@@ -142,6 +155,7 @@ def tiled_kernel(
         context = cuda.local.array((ROWS, WIDTH), float32)
         largest = cuda.local.array(ROWS, float32)
         total = cuda.local.array(ROWS, float32)
+        places = cuda.local.array(BAND_PASSES, int32)  # of the band's rows in the tables
         terms = cuda.local.array(4, float32)  # four sums, for one would wait for itself at every step
 
         # Neighbouring lanes differ in y, then in x: lanes in pairs ask for the same address of a's rows and, two apart,
@@ -175,6 +189,10 @@ def tiled_kernel(
         wide_at = (t - wide_row * WIDE_4) * 4
         narrow_row = t // NARROW_4  # ... and over chunks
         narrow_at = (t - narrow_row * NARROW_4) * 4
+        narrow_to = narrow_at ^ (((narrow_row * NARROW_4 >> 3) & TURNS) * 4)
+        k_turn = ((x * NARROW_4 >> 3) & TURNS) * 4
+        band_row = y - x + R - 1
+        band_turn = ((band_row * NARROW_4 >> 3) & TURNS) * 4
 
         # Frames beyond the end are read as the last one: no branch between one load and the next, and what comes of
         # them is masked or not written.
@@ -259,25 +277,28 @@ def tiled_kernel(
                         for c in range(COLUMNS):
                             scores[a, c] += term
             if POSITIONS and not far:
+                for w in range(BAND_PASSES):
+                    row = load(rows, min(max(lowest + narrow_row + w * NARROW_PASS, 0), 2 * frames - 2))
+                    places[w] = int32(table + row * E + narrow_at)
                 for part in range(0, E, CHUNK):
                     if part > 0:
                         cuda.syncthreads()
                     for w in range(CHUNK_PASSES):
                         j = narrow_row + w * NARROW_PASS
                         source = recording + min(keys + j, valid - 1) * 3 * d + d + part
-                        copy4(memory, K_AT + j * NARROW + narrow_at, qkv, source + narrow_at)
+                        copy4(memory, K_AT + j * NARROW + narrow_to, qkv, source + narrow_at)
                     for w in range(BAND_PASSES):
                         p = narrow_row + w * NARROW_PASS
-                        place = table + load(rows, min(max(lowest + p, 0), 2 * frames - 2)) * E + part + narrow_at
+                        place = places[w] + part
                         if c2p:
-                            copy4(memory, PK_AT + p * NARROW + narrow_at, pos_key, place)
+                            copy4(memory, PK_AT + p * NARROW + narrow_to, pos_key, place)
                         if p2c:
-                            copy4(memory, PQ_AT + p * NARROW + narrow_at, pos_query, place)
+                            copy4(memory, PQ_AT + p * NARROW + narrow_to, pos_query, place)
                     cuda.syncthreads()
                     for c in range(0, CHUNK, 4):
                         q = y * WIDE + part + c
-                        k = K_AT + x * NARROW + c
-                        band = (y - x + R - 1) * NARROW + c
+                        k = K_AT + x * NARROW + (c ^ k_turn)
+                        band = band_row * NARROW + (c ^ band_turn)
                         add_products(scores, ROWS, COLUMNS, memory, q, WIDE_R, k, NARROW_R)
                         if c2p:
                             add_band_products(scores, ROWS, COLUMNS, memory, q, WIDE_R, PK_AT + band, NARROW_R, 1)

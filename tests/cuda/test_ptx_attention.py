@@ -23,7 +23,7 @@ UNPADDED = (ROWS, TABLE, TABLE, INDEX, ROWS, *SIZES, WHOLE, ROWS)
 ALONE = (ROWS, ROWS, ROWS, ROWS, ROWS, *SIZES, WHOLE, ROWS)  # qkv stands in for what is absent
 
 plain, tiled = attention.plain_kernel, attention.tiled_kernel
-LARGE, SHORT, SMALLER = attention.LARGE, attention.SHORT, attention.SMALLER
+LARGE, SMALLER = attention.LARGE, attention.SMALLER
 
 KERNELS: list[tuple[str, Any, tuple[str, ...], int]] = [
     ("v1", plain(64, True, True, True, True), (*FUSED[:-2], ROWS), 64),  # all its keys are one part
@@ -38,7 +38,6 @@ KERNELS: list[tuple[str, Any, tuple[str, ...], int]] = [
     ("smaller, parts", tiled(SMALLER[0], 96, True, True, True, True, True), (*FUSED[:-1], ROW), 255),
     ("smallest, parts", tiled(SMALLER[1], 128, True, True, True, True, True), (*FUSED[:-1], ROW), 255),
     ("combine", attention.combine_kernel(64), (ROW, *[WHOLE] * 4, ROWS), 64),
-    ("short", tiled(SHORT, 64, True, True, False, False), UNPADDED, 144),
     ("large, heads of 32", tiled(LARGE, 32, True, True, True, False), FUSED, 255),
     ("smaller, heads of 96", tiled(SMALLER[0], 96, True, True, True, False), FUSED, 255),
     ("smallest, heads of 128", tiled(SMALLER[1], 128, True, True, True, False), FUSED, 255),

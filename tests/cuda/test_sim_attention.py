@@ -132,6 +132,8 @@ OTHER_TILES = [
     (Tile(4, 4, 2, 4, 1), 20, 21),
     (Tile(4, 2, 3, 4, 1), 12, 27),
     (Tile(8, 1, 1, 4, 1), 4, 17),
+    (Tile(8, 1, 1, 8, 1), 16, 19),  # chunks of two vectors, of four: turned by what row they are
+    (Tile(8, 2, 1, 16, 1), 16, 19),
 ]
 
 
@@ -142,7 +144,6 @@ def test_tiles_and_head_sizes(tile: Tile, size: int, frames: int) -> None:
 
 # What a GPU runs: too many threads here for more than a tail and some padding of each.
 REAL_TILES = [
-    (cuda_attention.SHORT, 64, 1),
     (cuda_attention.LARGE, 64, 1),
     (cuda_attention.LARGE, 64, 2),
     (cuda_attention.SMALLER[0], 96, 2),
@@ -189,28 +190,28 @@ def test_a_nan_in_one_part_reaches_the_result() -> None:
 
 
 def test_into_how_many_parts_keys_are_cut() -> None:
-    """Where the last round would be nearly empty, into more; where the rounds are full or the clip is short, not."""
-    large = cuda_attention.LARGE
-    at_once = large.resident * cuda_attention.MULTIPROCESSORS
-    assert cuda_attention.choose_parts(large, 64 * 16, at_once // 16) == 1
-    assert cuda_attention.choose_parts(large, 64 * 16, at_once // 16 + 1) == 2  # two rounds, or three half as long
-    assert cuda_attention.choose_parts(large, 64 * 10, at_once) == 1
-    assert cuda_attention.choose_parts(large, 4000, 12) == 2
-    assert [cuda_attention.choose_parts(tile, 1000, 12) for tile in (None, cuda_attention.SHORT)] == [1, 1]
+    """A short clip into as many as there are tiles of keys; where the last round would be nearly empty, into two."""
+    large, processors = cuda_attention.LARGE, cuda_attention.MULTIPROCESSORS
+    assert cuda_attention.choose_parts(large, 250, 6) == 8  # 4 blocks of queries a head, 8 tiles of keys
+    assert cuda_attention.choose_parts(large, 40, 6) == 2
+    assert cuda_attention.choose_parts(large, 1, 6) == 1
+    assert cuda_attention.choose_parts(large, 250, 12 * 32) == 1  # nearly twelve blocks for each multiprocessor
+    assert cuda_attention.choose_parts(large, 64 * 16, 4 * processors // 16) == 1
+    assert cuda_attention.choose_parts(large, 64 * 16, 4 * processors // 16 + 1) > 1
+    assert cuda_attention.choose_parts(large, 4000, 12) == 2  # nearly six blocks for each, or twelve half as long
+    assert cuda_attention.choose_parts(large, 15_000, 12) == 1
+    assert cuda_attention.choose_parts(None, 1000, 12) == 1
     assert cuda_attention.attention_scratch(1, 4000, 12, 64) == 2 * 12 * 4000 * 66
     assert cuda_attention.attention_scratch(32, 250, 12, 64) == 0
 
 
 def test_which_kernel_runs() -> None:
-    """The tuned tiles at 64; smaller ones for large heads; v1 where a head is no whole number of 128-bit reads."""
-    assert cuda_attention.choose_tile(64, 4000, 12) == cuda_attention.LARGE
-    assert cuda_attention.choose_tile(64, 250, 12) == cuda_attention.SHORT
-    assert cuda_attention.choose_tile(64, 250, 12 * 32) == cuda_attention.LARGE
-    assert cuda_attention.choose_tile(7, 4000, 12) is None
+    """The tuned tile at 64; smaller ones for large heads; v1 where a head is no whole number of 128-bit reads."""
+    assert cuda_attention.choose_tile(64) == cuda_attention.LARGE
+    assert cuda_attention.choose_tile(7) is None
     for size in (4, 8, 20, 32, 48, 64, 80, 96, 128):
-        for frames in (50, 5000):
-            tile = cuda_attention.choose_tile(size, frames, 12)
-            assert tile is not None and shared_room(tile, size).size <= cuda_attention.SHARED_FLOATS
+        tile = cuda_attention.choose_tile(size)
+        assert tile is not None and shared_room(tile, size).size <= cuda_attention.SHARED_FLOATS
 
 
 def test_a_head_size_of_seven_runs_v1() -> None:
