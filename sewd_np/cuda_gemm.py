@@ -152,6 +152,10 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
     ROWS, OUTPUTS, DEPTH, OWN_ROWS, OWN_OUTPUTS, SLICES, _ = tile
     THREADS = tile.slice_threads
     ACROSS = OUTPUTS // OWN_OUTPUTS  # threads side by side
+    # A warp is 4 threads down and 8 across where that goes, and neighbouring lanes differ in y, then in x: lanes in
+    # pairs ask for the same address of the weight and, two apart, of x. That halves the passes of a 128-bit read.
+    PAIRED = ACROSS % 8 == 0 and ROWS // OWN_ROWS % 4 == 0
+    WARPS_ACROSS = ACROSS // 8
     ROW_PIECES, OUTPUT_PIECES = OWN_ROWS // 4, OWN_OUTPUTS // 4
     ROW_GAP, OUTPUT_GAP = ROWS // ROW_PIECES, OUTPUTS // OUTPUT_PIECES  # between a thread's pieces of 4
     # x lies in shared memory turned, (depth, rows + 4): a thread's 4 rows are then one load. 4 more keep it aligned
@@ -160,7 +164,8 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
     X_SIZE, BUFFER = DEPTH * PITCH, DEPTH * (PITCH + OUTPUTS)
     SLICE_SIZE = 2 * BUFFER
     SUMS = OWN_ROWS * OWN_OUTPUTS
-    TOGETHER = min(DEPTH, 64 // SUMS)  # steps of the sum written out, so that few instructions go to counting
+    # Steps of the sum written out, so that few instructions go to counting; 8 × 8 sums leave no register for a second.
+    TOGETHER = min(DEPTH, 1 if SUMS > 32 else 256 // SUMS)
     SHARED = max(SLICES * SLICE_SIZE, (SLICES - 1) * THREADS * SUMS)
     # Who copies what: THREADS threads copy fours of numbers, X_FOURS to a row of x and W_FOURS to a row of the weight.
     X_FOURS, W_FOURS = DEPTH // 4, OUTPUTS // 4
@@ -188,8 +193,14 @@ def tiled_product(tile: Tile, activation: str, vector: bool, padded: bool, poole
         inputs, outputs, taps, tap_step = int32(inputs), int32(outputs), int32(taps), int32(tap_step)
         slice_ = int32(cuda.threadIdx.x // THREADS)
         thread = int32(cuda.threadIdx.x - slice_ * THREADS)
-        ty = int32(thread // ACROSS * 4)
-        tx = int32(thread * 4 - ty * ACROSS)
+        if PAIRED:
+            warp, lane = thread // 32, thread % 32
+            warp_row = warp // WARPS_ACROSS
+            ty = int32((warp_row * 4 + (lane & 1) + (lane >> 4) * 2) * 4)
+            tx = int32(((warp - warp_row * WARPS_ACROSS) * 8 + (lane >> 1) % 8) * 4)
+        else:
+            ty = int32(thread // ACROSS * 4)
+            tx = int32(thread * 4 - ty * ACROSS)
         group, item = cuda.blockIdx.y, cuda.blockIdx.z
         # Tiles of outputs run first: the blocks at work at one time share rows of x, and the weight is small.
         output_tiles = int32((outputs + OUTPUTS - 1) // OUTPUTS)

@@ -62,3 +62,14 @@ static inline int64_t right_s64(int64_t x, uint32_t by) { return x >> (by > 63 ?
 static inline uint32_t left_32(uint32_t x, uint32_t by) { return by > 31 ? 0 : x << by; }
 static inline uint32_t right_u32(uint32_t x, uint32_t by) { return by > 31 ? 0 : x >> by; }
 static inline int32_t right_s32(int32_t x, uint32_t by) { return x >> (by > 31 ? 31 : by); }
+
+/* The lowest bits of a, so many, in the place of b's from bit `at` on. */
+static inline uint64_t insert_64(uint64_t a, uint64_t b, uint32_t at, uint32_t bits)
+{
+    uint64_t mask = at > 63 ? 0 : (bits > 63 ? ~0ull : (1ull << bits) - 1) << at;
+    return (b & ~mask) | ((at > 63 ? 0 : a << at) & mask);
+}
+static inline uint32_t insert_32(uint32_t a, uint32_t b, uint32_t at, uint32_t bits)
+{
+    return (uint32_t)insert_64(a, b, at, bits > 32 ? 32 : bits);
+}

@@ -199,7 +199,7 @@ class Translation:
         return self.compute(kind, self.formula(".".join([name, *parts[:-1]]), kind), kind, operands)
 
     def formula(self, name: str, kind: str) -> str:
-        """What an operation without memory or jumps computes of a, b and c."""
+        """What an operation without memory or jumps computes of a, b, c and d."""
         if kind == "f32":
             return FLOAT[name]
         bits = "64" if kind.endswith("64") else "32"
@@ -216,6 +216,8 @@ class Translation:
                 return f"({'' if kind[0] == 's' else 'unsigned '}__int128)a * b >> {bits}"
             case "mad.lo":
                 return "({u})a * ({u})b + ({u})c".format(u=C_TYPES["u" + bits])
+            case "bfi":
+                return f"insert_{bits}(a, b, c, d)"
             case "shl":
                 return f"left_{bits}(a, b)"
             case "shr":
@@ -225,13 +227,13 @@ class Translation:
     def compute(self, result: str, formula: str, kind: str, operands: list[str]) -> str:
         target, *sources = operands
         shift = formula.startswith(("left_", "right_"))
-        given = dict(zip("abc", sources, strict=False))
+        given = dict(zip("abcd", sources, strict=False))
 
         def put(found: re.Match) -> str:
             letter = found[0]
             return f"({self.value(given[letter], 'u32' if shift and letter == 'b' else kind)})"
 
-        expression = re.sub(r"\b[abc]\b", put, formula)
+        expression = re.sub(r"\b[abcd]\b", put, formula)
         wide = (
             {"s32": "s64", "u32": "u64"}[kind] if self.type_of(target).endswith("64") and kind.endswith("32") else kind
         )
