@@ -48,7 +48,7 @@ def build(sources: Iterable[Path], library: Path, *options: str) -> None:
         raise RuntimeError(f"{library.stem} does not compile:\n{run.stderr}")
 
 
-def install(run_kernels: bool) -> None:
+def install(run_kernels: bool = False) -> None:
     """Build the driver and load it under the real one's name: whoever asks for libcuda.so.1 from now on gets it.
 
     Must come before numba.cuda looks for a GPU. Raises ``RuntimeError`` without the ``cuda`` extra or a C compiler.

@@ -70,7 +70,7 @@ SPECIAL = {
     f"%{name}.{axis}": f"t->{name}[{i}]" for name in ("tid", "ctaid", "ntid", "nctaid") for i, axis in enumerate("xyz")
 }
 
-ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)[^{]*\{(.*)\}", re.DOTALL)
+ENTRY = re.compile(r"\.entry\s+\w+\s*\(.*?\)[^{]*\{(.*)\}", re.DOTALL)
 SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+%(\w+)<(\d+)>;")
 STATEMENT = re.compile(r"(?:@(!?)%(\w+)\s+)?([\w.:]+)\s*(.*?);")
@@ -92,7 +92,7 @@ class Translation:
         found = ENTRY.search(ptx)
         if found is None:
             raise ValueError("no kernel is in this PTX")
-        self.name, _, self.body = found.groups()
+        self.body = found[1]
         self.shared: dict[str, int] = {}  # where each array lies in shared memory
         self.shared_bytes = 0
         for align, name, size in SHARED.findall(ptx):
@@ -137,12 +137,19 @@ class Translation:
 
     # ------------------------------------------------------------------------------ operands
 
+    def parts(self, operand: str) -> tuple[str, str]:
+        """The class and the number of a register."""
+        found = REGISTER.fullmatch(operand)
+        if found is None:
+            raise ValueError(operand)
+        return found[1], found[2]
+
     def register(self, operand: str) -> str:
-        kind, number = REGISTER.fullmatch(operand).groups()  # type: ignore[union-attr]
+        kind, number = self.parts(operand)
         return f"x->{kind}[{number}]"
 
     def type_of(self, operand: str) -> str:
-        return self.classes[REGISTER.fullmatch(operand)[1]]  # type: ignore[index]
+        return self.classes[self.parts(operand)[0]]
 
     def value(self, operand: str, kind: str) -> str:
         """An operand as a C expression of a type of PTX."""

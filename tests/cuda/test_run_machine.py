@@ -216,5 +216,7 @@ def test_memory_of_the_device_begins_as_no_numbers(device: Device) -> None:
 def test_an_instruction_that_is_not_known_is_named() -> None:
     with pytest.raises(NotImplementedError, match=r"PTX: sin\.approx\.f32"):
         translate(".visible .entry k()\n{\n.reg .f32 %f<3>;\nsin.approx.f32 %f1, %f2;\nret;\n}")
+    with pytest.raises(NotImplementedError, match="%laneid"):
+        translate(".visible .entry k()\n{\n.reg .b32 %r<3>;\nmov.u32 %r1, %laneid;\nret;\n}")
     with pytest.raises(ValueError, match="no kernel"):
         translate(".version 9.0")
