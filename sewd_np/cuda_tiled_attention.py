@@ -26,6 +26,7 @@ from typing import Any
 from sewd_np.cuda_intrinsics import (
     copy4,
     cuda,
+    device,
     exp2,
     float32,
     group_max,
@@ -76,14 +77,20 @@ def stride(width: int) -> int:
     return width if width // 4 % 2 else width + 4
 
 
-def is_turned(tile: Tile) -> bool:
-    """Whether chunks lie in shared memory without gaps, the vectors of four in a row turned by what row it is.
+def chunk_stride(tile: Tile) -> int:
+    """The same for rows of a chunk. With a side of 8 or more there is no gap, and ``turn`` keeps the banks apart."""
+    return tile.chunk if tile.side % 8 == 0 else stride(tile.chunk)
 
-    A chunk of 8 is two vectors, and eight rows of it are met by all threads at once, vector after vector: turned by
-    row // 4, these eight lie in eight groups of four banks, and so do the eight vectors in a row that copying writes.
-    Rows of one thread are ``side`` apart, so a side of 8 or more makes the turn the same for all of them.
+
+@device
+def turn(row, vectors, most):
+    """By what to change (exclusive or) a place in a chunk's row of ``vectors`` fours, in numbers; ``most`` 0: nothing.
+
+    A chunk of 8 is two vectors, and eight rows of it are read at once, at the same vector: turned by row // 4, these
+    lie in eight groups of four banks, and so do the eight vectors end to end that copying writes. It is the same for
+    rows that lie 8 or 16 apart, as those of one thread do.
     """
-    return tile.side % 8 == 0
+    return ((row * vectors >> 3) & most) * 4
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def shared_room(tile: Tile, head_size: int) -> Room:
 
     columns = -(-head_size // 4 // tile.side) * tile.side * 4
     keys = rows_of(tile.queries, head_size) * stride(head_size)
-    chunk = tile.chunk if is_turned(tile) else stride(tile.chunk)
+    chunk = chunk_stride(tile)
     pos_keys = keys + rows_of(tile.keys, tile.chunk) * chunk
     band = rows_of(tile.queries + tile.keys - 1, tile.chunk) * chunk
     pos_queries = pos_keys + band
@@ -137,13 +144,12 @@ def tiled_kernel(
     P_AT, ROW_TERMS, COLUMN_TERMS, SHARED = room.weights, room.row_terms, room.column_terms, room.size
     POSITIONS = c2p or p2c
     # Steps from row to row, and from one of a thread's rows to its next.
-    WIDE, P_STEP, V_STEP = stride(E), KEYS + R, -(-E // 4 // R) * R * 4
-    NARROW = CHUNK if is_turned(tile) else stride(CHUNK)
+    WIDE, NARROW, P_STEP, V_STEP = stride(E), chunk_stride(tile), KEYS + R, -(-E // 4 // R) * R * 4
     WIDE_R, NARROW_R, P_R, V_GROUP = R * WIDE, R * NARROW, R * P_STEP, 4 * R
     GROUPS, WIDTH = V_STEP // V_GROUP, V_STEP // R  # a thread's part of the context: WIDTH columns in groups of four
     # All threads together copy whole rows, four numbers each: rows in a pass, passes of a tile.
     WIDE_4, NARROW_4 = E // 4, CHUNK // 4
-    TURNS = NARROW_4 - 1 if is_turned(tile) else 0  # by how many vectors a row of a chunk is turned at most
+    TURNS = NARROW_4 - 1 if NARROW == CHUNK else 0  # by how many vectors a row of a chunk is turned at most
     WIDE_PASS, NARROW_PASS = THREADS // WIDE_4, THREADS // NARROW_4
     QUERY_PASSES, KEY_PASSES = -(-QUERIES // WIDE_PASS), -(-KEYS // WIDE_PASS)
     CHUNK_PASSES, BAND_PASSES = -(-KEYS // NARROW_PASS), -(-(QUERIES + KEYS - 1) // NARROW_PASS)
@@ -155,7 +161,7 @@ def tiled_kernel(
         context = cuda.local.array((ROWS, WIDTH), float32)
         largest = cuda.local.array(ROWS, float32)
         total = cuda.local.array(ROWS, float32)
-        places = cuda.local.array(BAND_PASSES, int32)  # of the band's rows in the tables
+        places = cuda.local.array(BAND_PASSES, int32)  # of the band's rows in the tables: 2³¹ numbers would be 8 GB
         terms = cuda.local.array(4, float32)  # four sums, for one would wait for itself at every step
 
         # Neighbouring lanes differ in y, then in x: lanes in pairs ask for the same address of a's rows and, two apart,
@@ -189,10 +195,10 @@ def tiled_kernel(
         wide_at = (t - wide_row * WIDE_4) * 4
         narrow_row = t // NARROW_4  # ... and over chunks
         narrow_at = (t - narrow_row * NARROW_4) * 4
-        narrow_to = narrow_at ^ (((narrow_row * NARROW_4 >> 3) & TURNS) * 4)
-        k_turn = ((x * NARROW_4 >> 3) & TURNS) * 4
+        narrow_to = narrow_at ^ turn(narrow_row, NARROW_4, TURNS)
+        k_turn = turn(x, NARROW_4, TURNS)
         band_row = y - x + R - 1
-        band_turn = ((band_row * NARROW_4 >> 3) & TURNS) * 4
+        band_turn = turn(band_row, NARROW_4, TURNS)
 
         # Frames beyond the end are read as the last one: no branch between one load and the next, and what comes of
         # them is masked or not written.

@@ -143,6 +143,16 @@ def waves(model: SEWDModel, batch: int, frames: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal((batch, samples)).astype(np.float32)
 
 
+def noise(samples: int, batch: int = 1, seed: int = 0) -> Array:
+    """(b, n) normalised noise."""
+    return np.random.default_rng(seed).standard_normal((batch, samples)).astype(np.float32)
+
+
+def error(got: Array, want: Array) -> float:
+    """Largest difference by the largest logit, which may be small: ``error_between`` divides by 1 at least."""
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
 def mask_for(wave_bn: Array, lengths: list[int]) -> Array:
     return (np.arange(wave_bn.shape[1]) < np.array(lengths)[:, None]).astype(np.int32)
 

@@ -2,10 +2,10 @@
 
    numba-cuda and cuda.core load it as libcuda.so.1 and find a GPU of compute capability 9.0. Device memory is main memory in
    a range of addresses of its own, copies are made, streams, graphs and modules are kept account of; a kernel that is
-   launched is looked at, and run if its program was given (pretended_gpu.c). What a real driver or GPU would answer with an error, or, worse, with wrong numbers,
-   is counted as trouble and put on standard error: memory that was freed or never given, in a copy or among a kernel's
-   arguments, when it is launched and again whenever a graph with it is; work on the default stream; waiting or copying
-   from the host while a graph is recorded; grids and blocks beyond the limits.
+   launched is looked at, and run if its program was given (pretended_gpu.c). What a real driver or GPU would answer with
+   an error, or, worse, with wrong numbers, is counted as trouble and put on standard error: memory that was freed or never
+   given, in a copy or among a kernel's arguments, when it is launched and again whenever a graph with it is; work on the
+   default stream; waiting or copying from the host while a graph is recorded; grids and blocks beyond the limits.
 
    Functions that are not here answer "not supported". Only what the tests ask of it is exported under pretended_*. */
 #define _GNU_SOURCE

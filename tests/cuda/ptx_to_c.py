@@ -241,10 +241,7 @@ class Translation:
             return f"({self.value(given[letter], 'u32' if shift and letter == 'b' else kind)})"
 
         expression = re.sub(r"\b[abcd]\b", put, formula)
-        wide = (
-            {"s32": "s64", "u32": "u64"}[kind] if self.type_of(target).endswith("64") and kind.endswith("32") else kind
-        )
-        return self.assign(target, expression, result if result == "pred" else wide)
+        return self.assign(target, expression, result)
 
     def convert(self, parts: list[str], operands: list[str]) -> str:
         *how, into, of = parts

@@ -24,6 +24,7 @@ from sewd_np.cuda_device import free_bytes
 from sewd_np.cuda_graph import KEPT, capture_graph
 from sewd_np.cuda_launch import Device, open_device
 from sewd_np.trace import Trace, points
+from tests.cuda.cases import noise
 from tests.cuda.pretended import Counts, break_captures, counts, forget_trouble, free, set_capacity
 
 Array = np.ndarray
@@ -53,10 +54,6 @@ def queue_of(model: Any) -> Any:
 def give_back() -> None:
     """What numba has been told to free, and does in its own time."""
     cuda.current_context().memory_manager.deallocations.clear()
-
-
-def noise(samples: int, batch: int = 1, seed: int = 0) -> Array:
-    return RNG(seed).standard_normal((batch, samples)).astype(np.float32)
 
 
 def asked(before: Counts) -> Counts:

@@ -24,6 +24,7 @@ from sewd_np.cuda_intrinsics import cuda
 from sewd_np.cuda_launch import Device, open_device
 from sewd_np.trace import Trace, compare, points
 from sewd_np.transcribe import hear
+from tests.cuda.cases import error
 
 pytestmark = pytest.mark.gpu
 Array = np.ndarray
@@ -33,11 +34,6 @@ Array = np.ndarray
 # with scores that matter.
 TOLERANCE = 2e-5
 ALONE = 1e-5  # the same kernels in another batch, graph or thread
-
-
-def error(got: Array, want: Array) -> float:
-    """Largest difference by the largest logit, which is about 0.3 here: ``error_between`` divides by 1 at least."""
-    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 @pytest.fixture(scope="module", autouse=True)

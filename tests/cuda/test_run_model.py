@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 import sewd_np
@@ -24,14 +23,14 @@ from tests.cuda.cases import (
     check_every_point,
     check_operation,
     chosen,
+    error,
     mask_for,
+    noise,
     pair,
     waves,
 )
 from tests.operation_cases import Case
 from tests.test_cuda_host import FakeCublas
-
-Array = np.ndarray
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +83,8 @@ def an4() -> tuple[Any, Any]:
     return sewd_np.load("an4", backend="cuda"), sewd_np.load("an4", backend="numba", precision="highest")
 
 
-def error(got: Array, want: Array) -> float:
-    """Largest difference, by the largest logit."""
-    return float(np.abs(got - want).max() / np.abs(want).max())
-
-
-def noise(samples: int, batch: int = 1, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((batch, samples)).astype(np.float32)
-
-
 def test_every_point_of_the_bundled_model(an4: tuple[Any, Any]) -> None:
-    """Weights of a real model: 64 numbers to a head, all tiles of a GPU; and a length whose last tiles are full."""
+    """Weights of a real model, in the tiles that its widths get on a GPU."""
     traces = Trace(), Trace()
     for model, trace in zip(an4, traces, strict=True):
         model(noise(20_000), trace=trace)
